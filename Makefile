@@ -1,0 +1,38 @@
+# make demo     set everything up and run the demo (MODEL=Qwen/Qwen2.5-7B-Instruct for another model)
+# make test     set everything up and run the tests (ARGS="-k plan" for some of them)
+# make check    style, types and import rules
+# make docs     build the documentation into site/
+#
+# PYTHON=python3.12 chooses the interpreter; it is used when .venv is made. ARGS are handed on.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test check docs setup clean
+
+demo: $(READY)
+	$(VENV)/bin/kvrag demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
+setup: $(READY)
+
+# Renewed when a dependency changes; the code itself is installed editable and needs no renewal.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) site dist

@@ -1,0 +1,123 @@
+"""Read every document once: RAG answers from prebuilt KV caches.
+
+>>> from kvrag import Engine  # doctest: +SKIP
+>>> with Engine.from_pretrained("Qwen/Qwen2.5-7B-Instruct", store="caches") as engine:  # doctest: +SKIP
+...     print(engine.answer("...a long document... Who wrote it?", ["...a long document..."]).text)
+
+Names are imported when they are first used: the command line's help does not wait for torch. `Corpus`,
+`Index` and `ask` are here as well; they need chromadb.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import version
+
+    from kvrag.answer import Answer as Answer
+    from kvrag.answer import DocumentUse as DocumentUse
+    from kvrag.answer import Timing as Timing
+    from kvrag.answer import Usage as Usage
+    from kvrag.config import Sampling as Sampling
+    from kvrag.corpus import Corpus as Corpus
+    from kvrag.engine import AnswerStream as AnswerStream
+    from kvrag.engine import Engine as Engine
+    from kvrag.errors import CacheMiss as CacheMiss
+    from kvrag.errors import ConfigError as ConfigError
+    from kvrag.errors import ContextOverflow as ContextOverflow
+    from kvrag.errors import CorpusError as CorpusError
+    from kvrag.errors import CorpusLocked as CorpusLocked
+    from kvrag.errors import DocumentNotFound as DocumentNotFound
+    from kvrag.errors import DocumentTooLong as DocumentTooLong
+    from kvrag.errors import DuplicateDocument as DuplicateDocument
+    from kvrag.errors import EmptyDocument as EmptyDocument
+    from kvrag.errors import EngineClosed as EngineClosed
+    from kvrag.errors import GenerationCancelled as GenerationCancelled
+    from kvrag.errors import InputError as InputError
+    from kvrag.errors import KVRagError as KVRagError
+    from kvrag.errors import MissingExtra as MissingExtra
+    from kvrag.errors import StoreError as StoreError
+    from kvrag.errors import StoreWriteError as StoreWriteError
+    from kvrag.errors import UnsupportedModel as UnsupportedModel
+    from kvrag.index import Index as Index
+    from kvrag.matching import ChunkMatcher as ChunkMatcher
+    from kvrag.model import Model as Model
+    from kvrag.plan import PromptPlan as PromptPlan
+    from kvrag.prompt import RagPrompt as RagPrompt
+    from kvrag.rag import ask as ask
+    from kvrag.store.base import KVStore as KVStore
+    from kvrag.store.disk import DiskStore as DiskStore
+    from kvrag.store.memory import MemoryStore as MemoryStore
+
+    __version__ = version("kvrag")
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "CacheMiss",
+    "ChunkMatcher",
+    "ConfigError",
+    "ContextOverflow",
+    "CorpusError",
+    "CorpusLocked",
+    "DiskStore",
+    "DocumentNotFound",
+    "DocumentTooLong",
+    "DocumentUse",
+    "DuplicateDocument",
+    "EmptyDocument",
+    "Engine",
+    "EngineClosed",
+    "GenerationCancelled",
+    "InputError",
+    "KVRagError",
+    "KVStore",
+    "MemoryStore",
+    "MissingExtra",
+    "Model",
+    "PromptPlan",
+    "RagPrompt",
+    "Sampling",
+    "StoreError",
+    "StoreWriteError",
+    "Timing",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+]
+
+_ROOMS = {
+    "answer": "Answer DocumentUse Timing Usage",
+    "config": "Sampling",
+    "corpus": "Corpus",
+    "engine": "AnswerStream Engine",
+    "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
+        DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
+        MissingExtra StoreError StoreWriteError UnsupportedModel""",
+    "index": "Index",
+    "matching": "ChunkMatcher",
+    "model": "Model",
+    "plan": "PromptPlan",
+    "prompt": "RagPrompt",
+    "rag": "ask",
+    "store.base": "KVStore",
+    "store.disk": "DiskStore",
+    "store.memory": "MemoryStore",
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("kvrag")
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOM_OF, "__version__"})
