@@ -1,0 +1,21 @@
+"""Attention over segments: fast paths, each beside the plain function that defines it."""
+
+from kvrag_kernels.segment_attention import (
+    Attended,
+    RowMask,
+    Rows,
+    Turn,
+    parted_attention,
+    segment_attention,
+    segment_attention_reference,
+)
+
+__all__ = [
+    "Attended",
+    "RowMask",
+    "Rows",
+    "Turn",
+    "parted_attention",
+    "segment_attention",
+    "segment_attention_reference",
+]

@@ -1,0 +1,80 @@
+"""The definition of segment attention: explicit scores, one softmax in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvrag_kernels.segment_attention.types import Attended, Rows, Turn
+
+
+def turn_query(query: torch.Tensor, turn: Turn | None, num_segments: int) -> torch.Tensor:
+    """Rotate the query once per segment, in float32, with one rounding at the end.
+
+    Args:
+        query: [B, H, T, D], any float dtype.
+        turn: angles per segment and row; None leaves the query as it is.
+        num_segments: S.
+
+    Returns:
+        [S, B, H, T, D], dtype of `query`.
+    """
+    if turn is None:
+        return query.expand(num_segments, *query.shape)
+    pairs, end = turn.cos.shape[-1], turn.start + 2 * turn.cos.shape[-1]
+    cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]  # [S, 1, 1, T, R]
+    inner = query[..., turn.start : end].float()
+    out = query.new_empty((num_segments, *query.shape), dtype=torch.float32)
+    turned = out[..., turn.start : end]
+    if turn.interleaved:
+        (a, b), (x, y) = (inner[..., 0::2], inner[..., 1::2]), (turned[..., 0::2], turned[..., 1::2])
+    else:
+        (a, b), (x, y) = inner.split(pairs, dim=-1), turned.split(pairs, dim=-1)
+    torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=y).addcmul_(a, sin)
+    out[..., : turn.start] = query[..., : turn.start]
+    out[..., end:] = query[..., end:]
+    return out.to(query.dtype)
+
+
+def visible(rows: Rows, num_rows: int) -> torch.Tensor:
+    """[T, n], bool: what each of all T query rows sees of a segment."""
+    n, device = rows.keys.shape[-2], rows.keys.device
+    seen = torch.ones(num_rows, n, dtype=torch.bool, device=device)
+    if rows.mask is not None:
+        seen[rows.first_row :] = rows.mask.allowed
+    if rows.causal:
+        seen = seen.tril()
+    seen[: rows.first_row] = False
+    return seen
+
+
+def segment_attention_reference(
+    query: torch.Tensor,
+    segments: Sequence[Rows],
+    turn: Turn | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Attended:
+    """Attend to all segments as to one sequence; see `segment_attention` for the arguments."""
+    num_rows, kv_heads = query.shape[2], segments[0].keys.shape[1]
+    groups = query.shape[1] // kv_heads
+    turned = turn_query(query, turn, len(segments))
+    scores, values = [], []
+    for i, rows in enumerate(segments):
+        keys = rows.keys.repeat_interleave(groups, dim=1)
+        s = torch.matmul(turned[i], keys.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        scores.append(s.masked_fill(~visible(rows, num_rows), float("-inf")))
+        values.append(rows.values.repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1))
+    if sinks is not None:
+        scores.append(sinks.float().reshape(1, -1, 1, 1).expand(*query.shape[:3], 1))
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+    parts = weights.split([s.shape[-1] for s in scores], dim=-1)[: len(segments)]
+    mass = torch.stack([part.sum(-1) for part in parts])
+    probs = torch.cat(parts, dim=-1).to(query.dtype)
+    return Attended(torch.matmul(probs, torch.cat(values, dim=-2)), mass)

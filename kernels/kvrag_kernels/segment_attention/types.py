@@ -1,0 +1,85 @@
+"""What segment attention is given and gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How far each segment turns each query row: a rotation by a position difference.
+
+    Attributes:
+        cos: [S, T, R], float32, for R rotated pairs; made from float64 angles.
+        sin: [S, T, R], float32.
+        start: first rotated dimension of the head.
+        interleaved: pairs are neighbours (2i, 2i + 1); otherwise (i, i + R).
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    start: int = 0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class RowMask:
+    """Which rows of a segment each query row sees; remembers what is derived from it.
+
+    Attributes:
+        allowed: [T, n], bool.
+    """
+
+    allowed: torch.Tensor
+    _made: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def additive(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """[1, 1, groups * T, n]: 0 where allowed, else minus infinity."""
+        made = self._made.get((groups, dtype))
+        if made is None:
+            made = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+            made = made.masked_fill_(~self.allowed, float("-inf")).repeat(groups, 1)[None, None]
+            self._made[groups, dtype] = made
+        return made
+
+    @cached_property
+    def blind(self) -> torch.Tensor | None:
+        """[T], bool: query rows that see nothing of the segment; None if there are none."""
+        blind = ~self.allowed.any(-1)
+        return blind if bool(blind.any()) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One segment's keys and values, and who sees them.
+
+    Attributes:
+        keys: [B or 1, K, n, D], rotated at the positions that the `Turn` is relative to.
+        values: [B or 1, K, n, Dv].
+        first_row: query rows before this one do not see the segment.
+        mask: for the query rows from `first_row` on; None: they see every row.
+        causal: query row i sees columns 0..i; needs n == T, no `mask` and `first_row` 0.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first_row: int = 0
+    mask: RowMask | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The output of attention over segments.
+
+    Attributes:
+        out: [B, H, T, Dv], dtype of the query.
+        mass: [S, B, H, T], float32: the share of each query row's attention that each segment got
+            (they sum to one together with the attention sinks' share, if there are any).
+    """
+
+    out: torch.Tensor
+    mass: torch.Tensor

@@ -1,0 +1,161 @@
+"""What attention reads: runs of key/value rows, and the table that says where each one appears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """Keys and values of one text in one layer.
+
+    Attributes:
+        keys: [K, T, D], rotated at local positions 0..T-1 (a copy of nothing: may be a mapped file).
+        values: [K, T, Dv].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of this layer."""
+        return self.keys.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values together."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class KV:
+    """One text as the model has read it: its tokens and every layer's keys and values."""
+
+    tokens: tuple[int, ...]
+    layers: tuple[LayerKV, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the text in tokens."""
+        return len(self.tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def head(self, num_tokens: int) -> KV:
+        """The first rows alone, sharing memory: causal rows do not depend on later ones."""
+        layers = tuple(LayerKV(x.keys[:, :num_tokens], x.values[:, :num_tokens]) for x in self.layers)
+        return KV(self.tokens[:num_tokens], layers)
+
+    def to(self, device: torch.device) -> KV:
+        """The rows on a device; itself if they are there."""
+        if not self.layers or self.layers[0].keys.device == device:
+            return self
+        layers = (
+            LayerKV(x.keys.to(device, non_blocking=True), x.values.to(device, non_blocking=True))
+            for x in self.layers
+        )
+        return KV(self.tokens, tuple(layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A text's KV at its place in a prompt.
+
+    The keys lie rotated at local positions 0..n-1 and are to appear at `target`..`target + n - 1`;
+    attention turns the query by `-target` instead of touching the keys.
+
+    Attributes:
+        kv: the rows, not copied.
+        target: position at which the first row is to appear.
+        first_row: fresh rows before this one come earlier in the prompt and do not see the segment.
+        document: number of the document in retrieval order; None for the prefix.
+        until_layer: the segment is read by layers below this one only; None means by all.
+    """
+
+    kv: KV
+    target: int
+    first_row: int = 0
+    document: int | None = None
+    until_layer: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Position after the last row."""
+        return self.target + self.kv.num_tokens
+
+    def is_read_by(self, layer: int) -> bool:
+        """Whether layer `layer` reads this segment."""
+        return self.until_layer is None or layer < self.until_layer
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTable:
+    """The ordered segments behind one request; policies derive new tables and never touch rows."""
+
+    segments: tuple[Segment, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[Segment]:
+        """Segments in prompt order."""
+        return iter(self.segments)
+
+    def __len__(self) -> int:
+        """Number of segments."""
+        return len(self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of all segments in the first layer."""
+        return sum(s.kv.num_tokens for s in self.segments)
+
+    @property
+    def num_documents(self) -> int:
+        """How many different documents the table holds."""
+        return len({s.document for s in self.segments if s.document is not None})
+
+    @property
+    def end(self) -> int:
+        """First position behind every segment."""
+        return max((s.end for s in self.segments), default=0)
+
+    def layer(self, layer: int) -> tuple[Segment, ...]:
+        """The segments that one layer reads, in order."""
+        return tuple(s for s in self.segments if s.is_read_by(layer))
+
+    def seen_from(self, row: int) -> SegmentTable:
+        """The table for fresh rows from `row` on, counted from there."""
+        if row == 0:
+            return self
+        return SegmentTable(tuple(replace(s, first_row=max(0, s.first_row - row)) for s in self.segments))
+
+    def moved(self, targets: Sequence[int]) -> SegmentTable:
+        """The same rows at other positions.
+
+        Args:
+            targets: one position per segment, in order.
+        """
+        pairs = zip(self.segments, targets, strict=True)
+        return SegmentTable(tuple(replace(s, target=t) for s, t in pairs))
+
+    def without(self, documents: Sequence[int], *, from_layer: int = 0) -> SegmentTable:
+        """The table with some documents unread from a layer on (layer 0: gone altogether).
+
+        Args:
+            documents: numbers of the documents to drop.
+            from_layer: first layer that no longer reads them.
+        """
+        gone = set(documents)
+        kept = []
+        for segment in self.segments:
+            if segment.document not in gone:
+                kept.append(segment)
+            elif from_layer > 0:
+                limit = from_layer if segment.until_layer is None else min(from_layer, segment.until_layer)
+                kept.append(replace(segment, until_layer=limit))
+        return SegmentTable(tuple(kept))
