@@ -1,0 +1,120 @@
+"""What a store of prebuilt caches is; `memory.py` is the naive one, `disk.py` the one that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvrag.errors import ConfigError
+from kvrag.segments import KV
+from kvrag.store.key import EntryKey
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts since the store was opened, and what it holds now.
+
+    Attributes:
+        entries: usable entries.
+        num_bytes: bytes of those entries.
+        hits: loads that returned rows.
+        misses: loads that did not, damaged entries included.
+        damaged: entries set aside because a check failed.
+        write_failures: entries that could not be written.
+    """
+
+    entries: int
+    num_bytes: int
+    hits: int
+    misses: int
+    damaged: int
+    write_failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What `check` found: ids or file names, and whether they were mended."""
+
+    damaged: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    fixed: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was wrong."""
+        return not (self.damaged or self.orphans)
+
+
+class KVStore(Protocol):
+    """Keeps texts' keys and values by content.
+
+    `get` never returns rows of another text, model, tokenizer, dtype, prefix, layout or tenant:
+    whatever cannot be proven right is a `CacheMiss`. Rows returned stay valid while the caller holds
+    them, also when the entry is deleted meanwhile. All methods may be called from any thread.
+    """
+
+    def get(self, key: EntryKey) -> KV:
+        """Return the entry's rows; may share memory with the store, so they must not be written to.
+
+        Raises:
+            CacheMiss: absent, damaged (then set aside and counted) or not of this key.
+        """
+        ...
+
+    def put(self, key: EntryKey, kv: KV) -> None:
+        """Keep the rows; after it returns, a crash does not lose them. Replacing equal content is allowed.
+
+        Raises:
+            StoreWriteError: nothing was written, and what was there before is still there.
+        """
+        ...
+
+    def delete(self, key_id: str) -> bool:
+        """Remove the entry and its bytes; False if there was none."""
+        ...
+
+    def __contains__(self, key: object) -> bool:
+        """Whether an entry exists under this `EntryKey` or id; does not verify its bytes."""
+        ...
+
+    def ids(self) -> Iterator[str]:
+        """Ids of all entries, in no order."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes."""
+        ...
+
+    def check(self, *, fix: bool = False) -> CheckReport:
+        """Verify every entry's bytes and find files that belong to none.
+
+        Args:
+            fix: set damaged entries aside and remove orphans.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release mappings and handles; entries stay."""
+        ...
+
+
+def check_rows(key: EntryKey, kv: KV) -> None:
+    """Refuse rows that are not of this key; every store calls it first in `put`.
+
+    Raises:
+        ConfigError: other tokens, another dtype, or a layer whose shapes do not fit the tokens.
+    """
+    if kv.tokens != key.tokens or not kv.tokens:
+        raise ConfigError(
+            f"rows of {kv.num_tokens} tokens under a key of {len(key.tokens)}: not the same tokens"
+        )
+    expected = f"torch.{key.fingerprint.dtype}"
+    for number, layer in enumerate(kv.layers):
+        for rows in (layer.keys, layer.values):
+            if str(rows.dtype) != expected:
+                raise ConfigError(f"layer {number} is {rows.dtype}, its fingerprint says {expected}")
+            if rows.ndim != 3 or rows.shape[:2] != (layer.keys.shape[0], kv.num_tokens):
+                raise ConfigError(
+                    f"layer {number} has shape {tuple(rows.shape)}, expected [heads, {kv.num_tokens}, size]"
+                )

@@ -1,0 +1,132 @@
+"""Files that are there whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kvrag.errors import StoreWriteError
+
+PARTIAL = ".partial"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def write_partial(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write and sync a new file that is not yet anybody's; removed again if that fails.
+
+    Raises:
+        OSError: disk full, read-only, no permission; nothing is left behind.
+    """
+    try:
+        with path.open("xb") as file:
+            # One write: the page cache then holds large pieces, which map and read a third faster.
+            file.write(b"".join(parts))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # also Ctrl-C: half a file helps nobody
+        remove(path)
+        raise
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Give a written file its name, so that after a crash it has this name or still the other."""
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's own list of names last; a no-op where folders cannot be opened (Windows)."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents so that they survive a crash."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file; False if it was not there or cannot be removed."""
+    with suppress(OSError):
+        path.unlink()
+        return True
+    return False
+
+
+def write_error(error: OSError, path: Path) -> StoreWriteError:
+    """The error a person can act on, for one of the operating system."""
+    if error.errno in _FULL:
+        advice = "the disk is full: free some space, or choose another folder for the store"
+    elif error.errno in _FORBIDDEN:
+        advice = "it is read-only for this process: grant write permission, or choose another folder"
+    else:
+        advice = f"{error.strerror or error}: check the disk and the path"
+    return StoreWriteError(error.errno, f"cannot write to the store at {path}; {advice}")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file among all processes and threads; waits for it, and a crash releases it.
+
+    Raises:
+        OSError: the file cannot be created here.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)  # closing releases the lock
+
+
+def try_lock(path: Path) -> int | None:
+    """Take the lock without waiting; a descriptor to close when done, or None if somebody has it.
+
+    Raises:
+        OSError: the file cannot be created here.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(descriptor, wait=False)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int, *, wait: bool) -> None:
+        # One byte far behind the content, which others may still read; LK_LOCK gives up after ten seconds.
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)
+        while True:
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                if not (wait and error.errno == errno.EDEADLK):
+                    raise
+            else:
+                return
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int, *, wait: bool) -> None:
+        # flock, not lockf: it belongs to the open file, so it also keeps threads of one process apart.
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
