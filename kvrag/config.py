@@ -1,0 +1,64 @@
+"""Settings: small frozen values, checked when they are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrag.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How an answer is chosen, in transformers' terms (`GenerationConfig`).
+
+    Attributes:
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 is greedy; above it, probabilities are sharpened (< 1) or flattened (> 1).
+        top_k: sample from the k likeliest tokens; None: the model's own setting.
+        top_p: sample from the smallest set that holds this probability; None: the model's own setting.
+        min_p: leave out tokens less likely than this share of the likeliest; None: the model's own setting.
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely; None: the model's own.
+        seed: makes sampling repeatable; None draws one.
+        stop: the answer ends before any of these texts; they are never part of it.
+        ignore_eos: go on until `max_new_tokens`, for measurements.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: names the setting, its value and what is allowed.
+        """
+        if isinstance(self.stop, str):
+            raise ConfigError(f"stop is {self.stop!r}; expected a tuple of texts, such as ({self.stop!r},)")
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty is None or self.repetition_penalty > 0, "above 0"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected {allowed}")
+
+
+def home(environment: Mapping[str, str] | None = None) -> Path:
+    """The folder for collections and caches: KVRAG_HOME, or .kvrag in the working folder."""
+    found = (os.environ if environment is None else environment).get("KVRAG_HOME")
+    return Path(found).expanduser() if found else Path(".kvrag")

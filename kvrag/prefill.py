@@ -1,0 +1,147 @@
+"""Reading known tokens: texts behind a prefix, and a prompt's fresh tokens over a segment table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvrag.attention import EncodeReading, FreshRows, TableReading
+from kvrag.model import Model
+from kvrag.segments import KV, LayerKV, SegmentTable
+
+
+def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Group texts of similar length so that no padded batch exceeds the budget.
+
+    Args:
+        lengths: tokens of each text.
+        token_budget: most tokens of a batch, padding included; a longer text is a batch of its own.
+
+    Yields:
+        Numbers of the texts of one batch; every number comes exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    batch: list[int] = []
+    for i in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def encode(
+    model: Model, texts: Sequence[Sequence[int]], prefix: KV | None = None, *, token_budget: int = 2048
+) -> list[KV]:
+    """Read texts independently of each other, each right behind the prefix (CacheFocus, sec. 1).
+
+    Args:
+        model: the decoder.
+        texts: tokens of each text, at least one each.
+        prefix: rows of the shared prefix; None for none.
+        token_budget: most tokens per forward pass, padding included.
+
+    Returns:
+        One KV per text, in order; the prefix's rows are not part of it.
+    """
+    found: dict[int, KV] = {}
+    for batch in batches([len(t) for t in texts], token_budget):
+        found |= dict(zip(batch, _encode_batch(model, [texts[i] for i in batch], prefix), strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
+def _encode_batch(model: Model, texts: Sequence[Sequence[int]], prefix: KV | None) -> list[KV]:
+    longest = max(len(t) for t in texts)
+    ids = torch.zeros(len(texts), longest, dtype=torch.long, device=model.device)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)] = torch.tensor(text)
+    reading = EncodeReading(model.specs, prefix, longest, device=model.device)
+    model.run(ids, reading)
+    return [
+        KV(
+            tuple(text),
+            tuple(LayerKV(_own(k, i, len(text)), _own(v, i, len(text))) for k, v in reading.kept),
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def _own(batch: torch.Tensor, i: int, num_rows: int) -> torch.Tensor:
+    """[K, n, D], contiguous: one text's rows out of a padded batch, in memory of their own."""
+    return batch[i, :, :num_rows].clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What reading fresh tokens gave.
+
+    Attributes:
+        logits: [kept, V], in the model's dtype.
+        mass: [L, S, T], float32: attention mass of each segment per layer and fresh row, mean over heads.
+    """
+
+    logits: torch.Tensor
+    mass: torch.Tensor
+
+
+def read_prompt(
+    model: Model,
+    table: SegmentTable,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    fresh: FreshRows,
+    *,
+    stride: int = 2048,
+) -> Read:
+    """Read a prompt's fresh tokens in strides, so that memory does not grow with the square of the prompt.
+
+    Args:
+        model: the decoder.
+        table: what was read before; a segment's `first_row` counts rows of `tokens`.
+        tokens: at least one, in prompt order.
+        positions: of the tokens.
+        fresh: empty; extended.
+        stride: most tokens per forward pass.
+
+    Returns:
+        The last token's logits, and the masses of all rows.
+    """
+    reads = []
+    for start in range(0, len(tokens), stride):
+        end = min(start + stride, len(tokens))
+        reads.append(read(model, table.seen_from(start), tokens[start:end], positions[start:end], fresh))
+    return Read(reads[-1].logits, torch.cat([r.mass for r in reads], dim=-1))
+
+
+@torch.inference_mode()
+def read(
+    model: Model,
+    table: SegmentTable,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    fresh: FreshRows,
+    *,
+    logits_to_keep: int = 1,
+) -> Read:
+    """Read tokens over a segment table, layer by layer; their rows are added to `fresh`.
+
+    Args:
+        model: the decoder.
+        table: what was read before and is not read again.
+        tokens: at least one, in prompt order.
+        positions: of the tokens.
+        fresh: rows of this request so far; extended.
+        logits_to_keep: how many last tokens' logits to return; 0 for all.
+    """
+    reading = TableReading(model.specs, table, fresh, positions, device=model.device)
+    ids = torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
+    logits = model.run(ids, reading, logits_to_keep=logits_to_keep)
+    fresh.positions.extend(positions)
+    shape = (model.num_layers, 0, len(tokens))
+    return Read(
+        logits[0], torch.stack(reading.mass) if reading.mass else logits.new_zeros(shape, dtype=torch.float32)
+    )

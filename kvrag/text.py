@@ -1,0 +1,150 @@
+"""Between text and tokens: piecewise tokenising, chat templates, streamed decoding, stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
+
+from kvrag.errors import InputError
+from kvrag.store.key import tagged_digest
+
+Message = Mapping[str, str]
+
+
+class Text:
+    """A tokenizer that works piece by piece.
+
+    A prompt is tokenised span by span and the tokens are joined; the encoding of a whole prompt is never
+    cut, because merges across a border would change the tokens on both sides of it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Wrap a transformers tokenizer."""
+        self.tokenizer = tokenizer
+
+    def tokenize(self, text: str, *, first: bool = False) -> tuple[int, ...]:
+        """Tokens of one piece.
+
+        Args:
+            text: the piece.
+            first: put in front what the tokenizer puts in front of a text (BOS), unless the text already
+                begins with it.
+        """
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        lead = self.lead if first else ()
+        return ids if not lead or ids[: len(lead)] == lead else lead + ids
+
+    @cached_property
+    def lead(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of a text (BOS); often nothing."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False)
+        full = self.tokenizer.encode("a")
+        for i in range(len(full)):
+            if full[i : i + len(bare)] == bare:
+                return tuple(full[:i])
+        return ()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of an answer's tokens, special tokens left out."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's chat template writes it.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses these messages.
+        """
+        if not self.has_template:
+            raise InputError("this model has no chat template; give the prompt as text")
+        if not messages:
+            raise InputError("there are no messages; give at least one")
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, LookupError, TypeError, ValueError) as error:  # all that templates fail with
+            raise InputError(f"the model's chat template refuses these messages: {error}") from error
+        return text
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @cached_property
+    def digest(self) -> str:
+        """256-bit digest of everything that turns text into tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            made = backend.to_str()
+        else:
+            made = json.dumps([self.tokenizer.get_vocab(), type(self.tokenizer).__name__], sort_keys=True)
+        return tagged_digest({"tokenizer": made, "special": json.dumps(self.tokenizer.all_special_tokens)})
+
+
+class Decoding:
+    """Turns tokens into text as they come, never a piece of a character, never a piece of a stop string."""
+
+    def __init__(self, text: Text, stop: Sequence[str] = ()) -> None:
+        """Start an answer that ends before the first of `stop` appears."""
+        self._text = text
+        self._stop = tuple(s for s in stop if s)
+        backend = getattr(text.tokenizer, "backend_tokenizer", None)
+        self._backend: Any = backend
+        self._stream = DecodeStream(skip_special_tokens=True) if backend is not None else None
+        self._tokens: list[int] = []
+        self._decoded = ""  # everything decoded so far
+        self._given = 0  # how much of it was handed out
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that is now certain, maybe empty."""
+        self._tokens.append(token)
+        if self._stream is not None:
+            self._decoded += self._stream.step(self._backend, token) or ""
+        else:
+            whole = self._text.decode(self._tokens)
+            self._decoded = whole if not whole.endswith("\ufffd") else self._decoded
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        if not self.stopped:
+            whole = self._text.decode(self._tokens)
+            if whole.startswith(self._decoded):
+                self._decoded = whole
+        return self._release(final=True)
+
+    @property
+    def text(self) -> str:
+        """Everything handed out so far."""
+        return self._decoded[: self._given]
+
+    def _release(self, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        # The one that is complete first: then it does not matter how the text was cut into tokens.
+        found = ((at + len(s), at) for s in self._stop if (at := self._decoded.find(s, self._given)) >= 0)
+        first = min(found, default=None)
+        if first is not None:
+            self.stopped = True
+            end = first[1]
+        else:
+            end = len(self._decoded) - (0 if final else self._held_back())
+        piece = self._decoded[self._given : end]
+        self._given = max(self._given, end)
+        return piece
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that may be the beginning of a stop string."""
+        for size in range(min(max(map(len, self._stop), default=1) - 1, len(self._decoded)), 0, -1):
+            tail = self._decoded[-size:]
+            if any(s.startswith(tail) for s in self._stop):
+                return size
+        return 0
