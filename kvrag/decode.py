@@ -1,0 +1,170 @@
+"""One token at a time, chosen by transformers' own processors and stopping criteria, until a stop."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from kvrag.attention import FreshRows
+from kvrag.config import Sampling
+from kvrag.model import Model
+from kvrag.prefill import Read, read
+from kvrag.segments import SegmentTable
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What transformers makes of the settings: how scores are processed and when to stop."""
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    do_sample: bool
+    generator: torch.Generator | None
+
+
+def configuration(network: Any, sampling: Sampling) -> GenerationConfig:
+    """The settings in transformers' form; what they leave open is the model's own."""
+    config: GenerationConfig = copy.deepcopy(network.generation_config)
+    config.max_new_tokens, config.max_length = sampling.max_new_tokens, None
+    config.num_beams, config.use_cache = 1, False
+    config.do_sample = sampling.temperature > 0
+    if config.pad_token_id is None:  # never used for one prompt, but transformers warns of it every time
+        config.pad_token_id = 0
+    if sampling.ignore_eos:  # None would be replaced by the model's own; this token does not exist
+        config.eos_token_id = network.config.get_text_config(decoder=True).vocab_size
+    if config.do_sample:
+        config.temperature = sampling.temperature
+        for name in ("top_k", "top_p", "min_p"):
+            if (value := getattr(sampling, name)) is not None:
+                setattr(config, name, value)
+    else:  # greedy: transformers warns of sampling settings without effect, and puts the model's own for None
+        config.temperature, config.top_k, config.top_p, config.min_p = 1.0, 50, 1.0, None
+    if sampling.repetition_penalty is not None:
+        config.repetition_penalty = sampling.repetition_penalty
+    return config
+
+
+def choice(model: Model, prompt: Sequence[int], sampling: Sampling) -> Choice:
+    """Let transformers build processors and criteria for a prompt.
+
+    Args:
+        model: the decoder.
+        prompt: all tokens, cached ones included: penalties and lengths count them as in an ordinary run.
+        sampling: the settings.
+    """
+
+    def take(
+        _model: Any,
+        _ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **_: Any,
+    ) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]:
+        return logits_processor, stopping_criteria, generation_config
+
+    ids = torch.tensor([list(prompt)], device=model.device)
+    generate: Any = model.network.generate  # of a mixin that the base class does not name
+    processors, criteria, config = generate(
+        ids,
+        generation_config=configuration(model.network, sampling),
+        attention_mask=torch.ones_like(ids),
+        custom_generate=take,
+    )
+    generator = None
+    if config.do_sample:
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+    return Choice(processors, criteria, bool(config.do_sample), generator)
+
+
+# On two CPU cores: what one more segment costs a layer in calls, and how fast rows are turned and copied.
+_CALL_SECONDS = 40e-6
+_COPY_BYTES_PER_SECOND = 1e9
+
+
+class _Rent:
+    """When to copy a table into one run: once its segments have cost as much in calls as the copy would.
+
+    Not knowing how long the answer gets, this never costs more than twice the better choice (the
+    rent-or-buy rule).
+    """
+
+    def __init__(self, table: SegmentTable, num_layers: int) -> None:
+        self._price = sum(s.kv.num_bytes for s in table) / _COPY_BYTES_PER_SECOND
+        self._per_step = len(table) * num_layers * _CALL_SECONDS
+        self._paid = 0.0
+
+    def is_spent(self) -> bool:
+        """Count one step; True when it is time to copy."""
+        self._paid += self._per_step
+        return self._paid >= self._price
+
+
+def _is_pruned(table: SegmentTable) -> bool:
+    return any(s.until_layer is not None for s in table)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decoded token.
+
+    Attributes:
+        token: its id.
+        mass: [L, S], float32: attention of the row that chose it to each segment, mean over heads.
+        is_last: a stopping criterion holds.
+    """
+
+    token: int
+    mass: torch.Tensor
+    is_last: bool
+
+
+def steps(
+    model: Model,
+    table: SegmentTable,
+    fresh: FreshRows,
+    prompt: Sequence[int],
+    last: Read,
+    chosen: Choice,
+    *,
+    position: int,
+) -> Iterator[Step]:
+    """Decode token by token over a table.
+
+    Args:
+        model: the decoder.
+        table: the segments behind the answer.
+        fresh: rows of the question so far; extended by the answer.
+        prompt: all tokens of the prompt, in order.
+        last: of the prompt; its last row chooses the first token.
+        chosen: from `choice`.
+        position: of the first new token.
+
+    Yields:
+        Tokens in order; the last one has `is_last` set.
+    """
+    table = table.seen_from(len(fresh.positions))  # what stood between the prompt's tokens lies behind now
+    ids: Any = torch.tensor([list(prompt)], device=model.device)  # transformers asks for a LongTensor
+    rent = _Rent(table, model.num_layers) if len(table) > 1 and not _is_pruned(table) else None
+    while True:
+        scores = chosen.processors(ids, last.logits[-1:].float())
+        if chosen.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=chosen.generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, token), dim=1)
+        is_last = bool(chosen.criteria(ids, scores).all())
+        yield Step(int(token), last.mass[..., -1], is_last)
+        if is_last:
+            return
+        if rent is not None and rent.is_spent():
+            fresh, table, rent = fresh.behind(table, model.specs), SegmentTable(), None
+        last = read(model, table, [int(token)], [position], fresh)
+        position += 1

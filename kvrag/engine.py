@@ -1,0 +1,247 @@
+"""The engine: what people and adapters hold. It owns a model, a store and the thread that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kvrag.answer import Answer
+from kvrag.caches import Caches
+from kvrag.config import Sampling
+from kvrag.errors import (
+    DocumentTooLong,
+    EmptyDocument,
+    GenerationCancelled,
+    InputError,
+)
+from kvrag.matching import ChunkMatcher
+from kvrag.model import READER, Model
+from kvrag.prompt import RagPrompt
+from kvrag.query import Request, answer
+from kvrag.segments import KV
+from kvrag.store.base import KVStore
+from kvrag.store.disk import DiskStore
+from kvrag.store.key import Fingerprint
+from kvrag.text import Message
+from kvrag.worker import Stream, Worker
+
+T = TypeVar("T")
+Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher
+
+
+class AnswerStream:
+    """Text of an answer as it is written; iterate it, or iterate it with `async for`.
+
+    `answer` is set once the text is complete. Leaving a `with` block, dropping the stream or calling
+    `cancel` stops the answer.
+    """
+
+    def __init__(self, stream: Stream[str | Answer]) -> None:
+        """Wrap the worker's stream."""
+        self._stream = stream
+        self.answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text, in order."""
+        for event in self._stream:
+            if isinstance(event, Answer):
+                self.answer = event
+            else:
+                yield event
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """Pieces of text without blocking the event loop."""
+        async for event in self._stream:
+            if isinstance(event, Answer):
+                self.answer = event
+            else:
+                yield event
+
+    def cancel(self) -> None:
+        """Stop after the current token; a waiting iteration ends with `GenerationCancelled`."""
+        self._stream.cancel()
+
+    def __enter__(self) -> AnswerStream:
+        """Cancel on exit."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the answer."""
+        self.cancel()
+
+
+class Engine:
+    """Answers prompts whose documents it has read before.
+
+    One engine serves many callers: the model runs in one thread of the engine's, and answers that run at
+    the same time take turns token by token.
+    """
+
+    def __init__(
+        self, model: Model, store: KVStore | str | Path | None = None, *, token_budget: int = 2048
+    ) -> None:
+        """Serve a loaded model.
+
+        Args:
+            model: the decoder.
+            store: a store, a folder for one, or None to keep nothing.
+            token_budget: most tokens per forward pass while encoding documents, padding included.
+        """
+        self.model = model
+        self.store = DiskStore(store) if isinstance(store, (str, Path)) else store
+        self._caches = Caches(model, self.store, token_budget=token_budget)
+        self._worker = Worker(f"kvrag {model.name}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = READER,
+        *,
+        store: KVStore | str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        max_length: int | None = None,
+        token_budget: int = 2048,
+        **options: Any,
+    ) -> Engine:
+        """Load a transformers decoder and its tokenizer; see `Model.load` for arguments.
+
+        Raises:
+            ConfigError: no such model here, damaged files, or an impossible device, dtype or length.
+            UnsupportedModel: unknown architecture, or one that cannot be re-positioned exactly.
+        """
+        loaded = Model.load(model, device=device, dtype=dtype, max_length=max_length, **options)
+        return cls(loaded, store, token_budget=token_budget)
+
+    def answer(
+        self,
+        prompt: str | Sequence[Message],
+        chunks: Chunks = (),
+        *,
+        prefix: str = "",
+        sampling: Sampling | None = None,
+    ) -> Answer:
+        """Answer a prompt; chunks that stand in it verbatim are not read again.
+
+        Args:
+            prompt: text, or chat messages for the model's template.
+            chunks: texts that may stand in the prompt.
+            prefix: the text that the chunks are encoded behind; best the prompt's own beginning.
+            sampling: how the answer is chosen; greedy by default.
+
+        Raises:
+            InputError: the prompt is empty or the template refuses it.
+            ContextOverflow: the prompt leaves no room for an answer.
+        """
+        stream = self.stream(prompt, chunks, prefix=prefix, sampling=sampling)
+        for _ in stream:
+            pass
+        if stream.answer is None:
+            raise GenerationCancelled("the answer was cancelled")
+        return stream.answer
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        chunks: Chunks = (),
+        *,
+        prefix: str = "",
+        sampling: Sampling | None = None,
+    ) -> AnswerStream:
+        """The same as `answer`, piece by piece."""
+        is_rendered = not isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self.model.text.render(prompt)
+        return self.stream_rendered(text, chunks, prefix=prefix, sampling=sampling, is_rendered=is_rendered)
+
+    def stream_rendered(
+        self,
+        prompt: str,
+        chunks: Chunks = (),
+        *,
+        prefix: str = "",
+        sampling: Sampling | None = None,
+        is_rendered: bool = True,
+    ) -> AnswerStream:
+        """Answer a prompt that a chat template has already written (no BOS is added to it)."""
+        if isinstance(chunks, str):
+            raise InputError("chunks is one text; expected a list of texts, or texts by name")
+        known = (
+            chunks
+            if isinstance(chunks, (Mapping, ChunkMatcher))
+            else {str(i): c for i, c in enumerate(chunks)}
+        )
+        request = Request(prompt, known, prefix, is_rendered, sampling or Sampling())
+        return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
+
+    def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
+        """What a corpus needs to build caches for prompts of one form."""
+        form = prompt or RagPrompt.of(self.model.text)
+        return DocumentEncoder(self._caches, self._worker, form)
+
+    def encode(self, texts: Sequence[str], *, prefix: str = "") -> list[KV]:
+        """Read texts, each on its own behind a prefix, without keeping them in the store.
+
+        Raises:
+            EmptyDocument: a text without tokens.
+            DocumentTooLong: a text that does not fit behind the prefix.
+        """
+        encoder = self.encoder(RagPrompt(prefix=prefix, is_rendered=False))
+        return encoder.encode([encoder.tokenize(text) for text in texts])
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the thread that owns the model and wait for its result."""
+        return self._worker.call(function)
+
+    def close(self) -> None:
+        """Cancel running answers and let go of the store's files."""
+        self._worker.close()
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> Engine:
+        """Close on exit."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+class DocumentEncoder:
+    """Builds caches of texts behind one prefix, on the engine's thread."""
+
+    def __init__(self, caches: Caches, worker: Worker, prompt: RagPrompt) -> None:
+        """Encode for prompts of one form."""
+        self._caches = caches
+        self._worker = worker
+        self.prompt = prompt
+        self._prefix = caches.model.text.tokenize(prompt.prefix, first=not prompt.is_rendered)
+        self.fingerprint: Fingerprint = caches.fingerprint(self._prefix)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text: the model's window less the prefix."""
+        return self._caches.model.max_length - len(self._prefix)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text as they will stand in a prompt."""
+        return self._caches.model.text.tokenize(text)
+
+    def encode(self, texts: Sequence[tuple[int, ...]]) -> list[KV]:
+        """Rows of texts given as tokens, in order.
+
+        Raises:
+            EmptyDocument: a text without tokens.
+            DocumentTooLong: more than `max_tokens`.
+        """
+        for i, tokens in enumerate(texts):
+            if not tokens:
+                raise EmptyDocument(f"text {i} has no tokens; leave it out")
+            if len(tokens) > self.max_tokens:
+                raise DocumentTooLong(
+                    f"text {i} has {len(tokens)} tokens and {self.max_tokens} fit behind the prefix; split it"
+                )
+        return self._worker.call(lambda: self._caches.encode(self._prefix, texts))
