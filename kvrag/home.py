@@ -1,0 +1,201 @@
+"""A folder that holds a collection, its caches and the settings they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvrag.corpus import Corpus, IngestReport, Progress
+from kvrag.documents import Document, split
+from kvrag.engine import DocumentEncoder, Engine
+from kvrag.errors import ConfigError, InputError
+from kvrag.index import Index
+from kvrag.model import READER
+from kvrag.prompt import RagPrompt
+from kvrag.segments import KV
+from kvrag.store.disk import DiskStore
+from kvrag.store.files import PARTIAL, commit, write_error, write_partial
+from kvrag.store.key import Fingerprint
+from kvrag.store.references import References
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a folder was made with.
+
+    Attributes:
+        model: the one used last for ingestion.
+        forms: the prompt's form for each model; kept because templates may write today's date, and
+            documents are encoded behind what stood there at ingestion.
+    """
+
+    model: str
+    forms: dict[str, RagPrompt]
+
+
+class _NoEncoder:
+    """Stands in for a model where none is needed: listing, removing, counting."""
+
+    max_tokens = 0
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        raise ConfigError("no model is loaded")
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        raise ConfigError("no model is loaded")
+
+    def encode(self, token_lists: Sequence[tuple[int, ...]]) -> list[KV]:
+        raise ConfigError("no model is loaded")
+
+
+class Home:
+    """Opens what lies in a folder: `chroma/`, `store/`, `settings.json`."""
+
+    def __init__(self, path: str | Path, *, chroma: str | None = None, collection: str = "kvrag") -> None:
+        """Name the folder; nothing is created yet.
+
+        Args:
+            path: the folder.
+            chroma: address of a Chroma server (http...), instead of the embedded database.
+            collection: name of the collection.
+        """
+        self.path = Path(path)
+        self._chroma = chroma or self.path / "chroma"
+        self._collection = collection
+
+    def exists(self) -> bool:
+        """Whether something was ingested here."""
+        return (self.path / "settings.json").exists()
+
+    def settings(self) -> Settings:
+        """What the folder was made with.
+
+        Raises:
+            InputError: nothing was ingested here, or the file is broken.
+        """
+        file = self.path / "settings.json"
+        try:
+            raw = json.loads(file.read_text())
+            return Settings(raw["model"], {name: RagPrompt(**form) for name, form in raw["forms"].items()})
+        except FileNotFoundError as error:
+            raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is broken ({error}); remove it and run: kvrag ingest PATH") from error
+
+    def model(self) -> str:
+        """The model used last; the shipped reader if nothing was ingested yet."""
+        return self.settings().model if self.exists() else READER
+
+    def form(self, engine: Engine) -> RagPrompt:
+        """The prompt's form for a model: the one of ingestion, else the template's."""
+        known = self.settings().forms if self.exists() else {}
+        return known.get(engine.model.name) or RagPrompt.of(engine.model.text)
+
+    def remember(self, engine: Engine, form: RagPrompt) -> None:
+        """Note model and form for later questions."""
+        forms = self.settings().forms if self.exists() else {}
+        forms[engine.model.name] = form
+        raw = {"model": engine.model.name, "forms": {name: asdict(f) for name, f in forms.items()}}
+        file = self.path / "settings.json"
+        partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_partial(partial, [json.dumps(raw, indent=1).encode()])
+            commit(partial, file)
+        except OSError as error:
+            raise write_error(error, file) from error
+
+    def store(self) -> DiskStore:
+        """The caches."""
+        return DiskStore(self.path / "store")
+
+    def index(self) -> Index:
+        """The collection."""
+        return Index.open(self._chroma, self._collection)
+
+    def corpus(self, engine: Engine | None = None) -> Corpus:
+        """Collection and caches together; without an engine only for listing, removing and counting."""
+        if engine is None:
+            return Corpus(self.index(), self.store(), _NoEncoder())
+        return Corpus(self.index(), engine.store or self.store(), engine.encoder(self.form(engine)))
+
+    def sweep(self) -> None:
+        """Remove caches that no document refers to: those that answers of other models left behind.
+
+        Without it, a removed document's bytes would stay until the next `reconcile`.
+        """
+        store = self.store()
+        references = References(store.path / "references.sqlite")
+        try:
+            references.collect(store.ids(), store.delete)
+        finally:
+            references.close()
+            store.close()
+
+
+def ingest(
+    home: Home,
+    engine: Engine,
+    documents: Iterable[Document],
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    by_paragraph: bool = False,
+    progress: Progress | None = None,
+) -> IngestReport:
+    """Cut documents into chunks and bring a folder's collection and caches up to date with them.
+
+    Chunks that are there already are kept, and read anew if this model has no caches of them; chunks of the
+    same files that are not in the documents any more are removed.
+
+    Raises:
+        InputError: there is no text in the documents.
+    """
+    form = home.form(engine)
+    encoder = engine.encoder(form)
+    documents = list(documents)
+    chunks = [
+        (chunk, {**document.metadata, "source": document.source})
+        for document in documents
+        for chunk in _chunks(document.text, encoder, chunk_tokens, by_paragraph=by_paragraph)
+    ]
+    if not chunks:
+        raise InputError("no text found in the given files")
+    home.remember(engine, form)
+    with home.corpus(engine) as corpus:
+        files = {file_of(document.source) for document in documents}
+        before = {r.id for r in corpus.documents() if file_of(str(r.metadata.get("source"))) in files}
+        report = corpus.ingest(
+            [text for text, _ in chunks], metadatas=[metadata for _, metadata in chunks], progress=progress
+        )
+        if report.skipped and _lacks_caches(home, engine, corpus, [text for text, _ in chunks]):
+            corpus.reconcile(verify=False, progress=progress)
+        if gone := sorted(before - set(report.ids)):
+            corpus.delete(gone)
+    if gone:
+        home.sweep()
+    return report
+
+
+def _lacks_caches(home: Home, engine: Engine, corpus: Corpus, texts: Sequence[str]) -> bool:
+    """Whether chunks have no cache for this model, although the store can be written to."""
+    store = engine.store or home.store()
+    return corpus.stats().uncached == 0 and any(corpus.key_of(text) not in store for text in texts)
+
+
+def file_of(source: str) -> str:
+    """The file of a source: without the page or line behind it."""
+    return re.sub(r"#(page|line)=\d+$", "", source)
+
+
+def _chunks(text: str, encoder: DocumentEncoder, chunk_tokens: int, *, by_paragraph: bool) -> list[str]:
+    most = min(chunk_tokens, encoder.max_tokens // 2)  # a question and its answer need room, too
+    return split(text, encoder.tokenize, most, by="paragraph" if by_paragraph else "size")
