@@ -1,0 +1,85 @@
+"""Writes docs/measured.md from the figures in docs/data; --smoke only says whether the page is up to date.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "docs" / "data"
+PAGE = ROOT / "docs" / "measured.md"
+
+_TTFT_ROWS = (
+    ("full prefill, transformers' `generate`", "full_prefill", None),
+    ("prebuilt caches, files in the page cache", "cached_warm", "ratio_warm"),
+    ("prebuilt caches, page cache dropped", "cached_cold", "ratio_cold"),
+    ("of the above, loading and verifying (warm)", "load_and_verify", None),
+    ("floor: the question alone, no documents", "question_alone", "ratio_floor"),
+    ("one decoded token, transformers' `generate`", "decode_ordinary", None),
+    ("one decoded token, kvrag", "decode", "ratio_decode"),
+)
+
+
+def ttft(files: list[Path]) -> list[str]:
+    """A table per measured configuration."""
+    lines = ["## Time to first token", ""]
+    for file in files:
+        data: dict[str, Any] = json.loads(file.read_text())
+        made, found = data["conditions"], data["seconds_and_ratios"]
+        lines += [
+            f"### {made['parameters'] / 1e6:.0f}M parameters, {made['dtype']}, {made['device']}",
+            "",
+            f"{made['documents']} documents of {made['document_tokens']} tokens, a question of "
+            f"{made['question_tokens']}; random weights, {made['shape']['layers']} layers, "
+            f"{made['shape']['hidden']} wide, {made['shape']['kv_heads']} key heads; "
+            f"{made['store_bytes'] / 2**20:.0f} MiB of caches. {made['threads']} threads "
+            f"({made['cpu_capability']}), torch {made['torch']}, transformers {made['transformers']}, "
+            f"Python {made['python']}, {made['date']}.",
+            "",
+            "| | median | |",
+            "|---|---:|---:|",
+        ]
+        for title, name, ratio in _TTFT_ROWS:
+            times = f"{found[ratio]:.1f}x" if ratio else ""
+            lines.append(f"| {title} | {found[name] * 1e3:,.0f} ms | {times} |")
+        lines.append("")
+    lines += [
+        "Both sides take turns in one process. The cached side begins with the store's closed files and ends",
+        "with the chosen token; every byte loaded is verified. Made by `python benchmarks/ttft.py --json FILE`,",
+        "for bfloat16 with `--dtype bfloat16`.",
+        "",
+    ]
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    lines = ["# Measured", "", "<!-- written by benchmarks/report.py from docs/data; do not edit -->", ""]
+    lines += ttft(sorted(DATA.glob("ttft-*.json")))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="compare only; exit status 1 if the page is stale"
+    )
+    args = parser.parse_args()
+    made = page()
+    if not args.smoke:
+        PAGE.write_text(made)
+    elif not PAGE.exists() or PAGE.read_text() != made:
+        sys.exit("docs/measured.md is not what docs/data says; run: python benchmarks/report.py")
+
+
+if __name__ == "__main__":
+    main()
