@@ -33,10 +33,12 @@ class Settings:
         model: the one used last for ingestion.
         forms: the prompt's form for each model; kept because templates may write today's date, and
             documents are encoded behind what stood there at ingestion.
+        chroma: address of the Chroma server that holds the collection; None: the embedded database.
     """
 
     model: str
     forms: dict[str, RagPrompt]
+    chroma: str | None = None
 
 
 class _NoEncoder:
@@ -63,11 +65,12 @@ class Home:
 
         Args:
             path: the folder.
-            chroma: address of a Chroma server (http...), instead of the embedded database.
+            chroma: address of a Chroma server (http...); default: the one of the first ingestion, else
+                the embedded database.
             collection: name of the collection.
         """
         self.path = Path(path)
-        self._chroma = chroma or self.path / "chroma"
+        self._chroma = chroma
         self._collection = collection
 
     def exists(self) -> bool:
@@ -83,7 +86,8 @@ class Home:
         file = self.path / "settings.json"
         try:
             raw = json.loads(file.read_text())
-            return Settings(raw["model"], {name: RagPrompt(**form) for name, form in raw["forms"].items()})
+            forms = {name: RagPrompt(**form) for name, form in raw["forms"].items()}
+            return Settings(raw["model"], forms, raw.get("chroma"))
         except FileNotFoundError as error:
             raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
         except OSError as error:
@@ -104,7 +108,11 @@ class Home:
         """Note model and form for later questions."""
         forms = self.settings().forms if self.exists() else {}
         forms[engine.model.name] = form
-        raw = {"model": engine.model.name, "forms": {name: asdict(f) for name, f in forms.items()}}
+        raw = {
+            "model": engine.model.name,
+            "forms": {name: asdict(f) for name, f in forms.items()},
+            "chroma": self._server(),
+        }
         file = self.path / "settings.json"
         partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")
         try:
@@ -120,7 +128,10 @@ class Home:
 
     def index(self) -> Index:
         """The collection."""
-        return Index.open(self._chroma, self._collection)
+        return Index.open(self._server() or self.path / "chroma", self._collection)
+
+    def _server(self) -> str | None:
+        return self._chroma or (self.settings().chroma if self.exists() else None)
 
     def corpus(self, engine: Engine | None = None) -> Corpus:
         """Collection and caches together; without an engine only for listing, removing and counting."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,6 +26,7 @@ class Text:
     def __init__(self, tokenizer: Any) -> None:
         """Wrap a transformers tokenizer."""
         self.tokenizer = tokenizer
+        self._encoded = lru_cache(maxsize=4096)(self._encode)  # chunks come again with every question
 
     def tokenize(self, text: str, *, first: bool = False) -> tuple[int, ...]:
         """Tokens of one piece.
@@ -35,9 +36,12 @@ class Text:
             first: put in front what the tokenizer puts in front of a text (BOS), unless the text already
                 begins with it.
         """
-        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        ids = self._encoded(text)
         lead = self.lead if first else ()
         return ids if not lead or ids[: len(lead)] == lead else lead + ids
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
     def lead(self) -> tuple[int, ...]:
