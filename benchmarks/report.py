@@ -51,8 +51,8 @@ def ttft(files: list[Path]) -> list[str]:
         lines.append("")
     lines += [
         "Both sides take turns in one process. The cached side begins with the store's closed files and ends",
-        "with the chosen token; every byte loaded is verified. Made by `python benchmarks/ttft.py --json FILE`,",
-        "for bfloat16 with `--dtype bfloat16`.",
+        "with the chosen token; every byte loaded is verified. Made by",
+        "`python benchmarks/ttft.py --json FILE`, for bfloat16 with `--dtype bfloat16`.",
         "",
     ]
     return lines

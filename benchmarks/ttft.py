@@ -17,18 +17,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag import backbone
 from kvrag.attention import FreshRows
+from kvrag.baseline import OrdinaryAnswer, ordinary_answer
+from kvrag.config import Sampling
+from kvrag.decode import choice, steps
 from kvrag.model import Model, quiet
-from kvrag.prefill import encode, read
+from kvrag.prefill import Read, encode, read
 from kvrag.segments import Segment, SegmentTable
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
@@ -108,6 +110,7 @@ class Bench:
         self.model, self.folder = model, folder
         self.documents = [draw(doc_tokens) for _ in range(num_documents)]
         self.question = draw(question)
+        self.prompt = [t for document in self.documents for t in document] + list(self.question)
         fingerprint = model.fingerprint()
         self.keys = [EntryKey(fingerprint, tokens) for tokens in self.documents]
         store = DiskStore(folder)
@@ -118,7 +121,7 @@ class Bench:
         self.end = num_documents * doc_tokens
 
     @torch.inference_mode()
-    def from_files(self) -> tuple[SegmentTable, FreshRows, int]:
+    def from_files(self) -> tuple[SegmentTable, FreshRows, Read]:
         """Open the store, load and verify every entry, read the question, choose the first token."""
         store = DiskStore(self.folder)
         segments, at = [], 0
@@ -127,69 +130,36 @@ class Bench:
             segments.append(Segment(kv, at, document=number))
             at += kv.num_tokens
         table, fresh = SegmentTable(tuple(segments)), FreshRows(self.model.num_layers)
-        return table, fresh, self._first(table, fresh)
+        return table, fresh, self._read(table, fresh)
 
-    def question_alone(self) -> int:
+    def question_alone(self) -> None:
         """The floor: the question with no documents at all."""
-        return self._first(SegmentTable(), FreshRows(self.model.num_layers))
+        self._read(SegmentTable(), FreshRows(self.model.num_layers))
 
-    def _first(self, table: SegmentTable, fresh: FreshRows) -> int:
+    def _read(self, table: SegmentTable, fresh: FreshRows) -> Read:
         positions = range(self.end, self.end + len(self.question))
-        return int(read(self.model, table, self.question, positions, fresh).logits[-1].argmax())
-
-    @torch.inference_mode()
-    def ordinary(self, new_tokens: int = 1) -> float:
-        """Ordinary generate of transformers with its stock attention on the whole prompt; seconds."""
-        ids = torch.tensor(
-            [[t for d in self.documents for t in d] + list(self.question)], device=self.model.device
-        )
-        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-        self.model.network.set_attn_implementation("sdpa")
-        try:
-            return timed(
-                lambda: self.model.network.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config
-                ),
-                self.model.device,
-            )
-        finally:
-            self.model.network.set_attn_implementation(backbone.NAME)
-
-    @torch.inference_mode()
-    def decode(self, table: SegmentTable, fresh: FreshRows, token: int, count: int) -> list[float]:
-        """Seconds of each of `count` decode steps behind the question."""
-        found = []
-        for step in range(count):
-            position = self.end + len(self.question) + step
-            start = time.perf_counter()
-            token = int(read(self.model, table, [token], [position], fresh).logits[-1].argmax())
-            found.append(time.perf_counter() - start)
+        found = read(self.model, table, self.question, positions, fresh)
+        int(found.logits[-1].argmax())  # the token itself is part of the time
         return found
 
-    @torch.inference_mode()
-    def ordinary_decode(self, count: int) -> list[float]:
-        """The same for generate: a streamer notes when tokens arrive."""
-        times: list[float] = []
-
-        class Watch:
-            def put(self, _: object) -> None:
-                times.append(time.perf_counter())
-
-            def end(self) -> None:
-                pass
-
-        ids = torch.tensor(
-            [[t for d in self.documents for t in d] + list(self.question)], device=self.model.device
-        )
-        config = GenerationConfig(max_new_tokens=count + 1, do_sample=False, pad_token_id=0)
+    def ordinary(self, new_tokens: int) -> OrdinaryAnswer:
+        """The whole prompt by transformers' generate, with its stock attention."""
         self.model.network.set_attn_implementation("sdpa")
         try:
-            self.model.network.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=Watch()
+            return ordinary_answer(
+                self.model, self.prompt, Sampling(max_new_tokens=new_tokens, ignore_eos=True)
             )
         finally:
             self.model.network.set_attn_implementation(backbone.NAME)
-        return [b - a for a, b in pairwise(times[1:])]
+
+    @torch.inference_mode()
+    def decode(self, table: SegmentTable, fresh: FreshRows, last: Read, count: int) -> float:
+        """Seconds per token of `count` tokens behind the first, as the engine decodes."""
+        prompt = self.prompt
+        chosen = choice(self.model, self.prompt, Sampling(max_new_tokens=count + 1, ignore_eos=True))
+        tokens = steps(self.model, table, fresh, prompt, last, chosen, position=len(prompt))
+        next(tokens)
+        return timed(lambda: list(tokens), self.model.device) / count
 
 
 def measure(bench: Bench, repeat: int, full_repeat: int, decode_tokens: int) -> dict[str, float]:
@@ -197,24 +167,22 @@ def measure(bench: Bench, repeat: int, full_repeat: int, decode_tokens: int) -> 
     device = bench.model.device
     bench.from_files()
     bench.question_alone()
-    warm, alone, cold, full = [], [], [], []
+    warm: list[float] = []
+    alone, cold, load, full, ours, theirs = ([*warm] for _ in range(6))
     for i in range(max(repeat, full_repeat)):
         if i < full_repeat:
-            full.append(bench.ordinary())
+            answer = bench.ordinary(decode_tokens + 1)
+            full.append(answer.first_token)
+            theirs.append(answer.decode / decode_tokens)
+            ours.append(bench.decode(*bench.from_files(), decode_tokens))
         if i < repeat:
             warm.append(timed(bench.from_files, device))
             alone.append(timed(bench.question_alone, device))
+            store = DiskStore(bench.folder)
+            load.append(timed(lambda store=store: [store.get(key) for key in bench.keys], device))  # type: ignore[misc]
     for _ in range(3):
         drop_pages(bench.folder)
         cold.append(timed(bench.from_files, device))
-    load = []
-    for _ in range(repeat):
-        store = DiskStore(bench.folder)
-        load.append(timed(lambda store=store: [store.get(key) for key in bench.keys], device))  # type: ignore[misc]
-    table, fresh, token = bench.from_files()
-    ours = bench.decode(table, fresh, token, decode_tokens)
-    theirs = bench.ordinary_decode(decode_tokens)
-    ours += bench.decode(table, fresh, token, decode_tokens)
     found = {
         "full_prefill": median(full),
         "cached_warm": median(warm),

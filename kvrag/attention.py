@@ -22,13 +22,14 @@ class FreshRows:
 
     Attributes:
         positions: of all rows.
-        borders: where the rows that were copied from each segment of a table end; empty if none were.
+        borders: [S], int64: where the rows that were copied from each segment of a table end; None if none
+            were.
     """
 
     def __init__(self, num_layers: int, *, reserve: int = 64) -> None:
         """Make room for `reserve` tokens per layer; more is made when needed."""
         self.positions: list[int] = []
-        self.borders: tuple[int, ...] = ()
+        self.borders: torch.Tensor | None = None
         self._reserve = reserve
         self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
         self._counts = [0] * num_layers
@@ -69,7 +70,9 @@ class FreshRows:
         Every layer has to read every segment. The copy remembers in `borders` where each segment's rows end.
         """
         merged = FreshRows(len(specs), reserve=self._reserve)
-        merged.borders = tuple(accumulate(s.kv.num_tokens for s in table))
+        ends = list(accumulate(s.kv.num_tokens for s in table))
+        device = table.segments[0].kv.layers[0].keys.device
+        merged.borders = torch.tensor(ends, device=device)
         merged.positions = [p for s in table for p in range(s.target, s.end)] + self.positions
         turns = {spec: _turns(spec, table) for spec in dict.fromkeys(specs)}
         total = table.num_tokens + self.num_rows
@@ -121,10 +124,10 @@ class _Layout:
     ) -> None:
         targets = torch.tensor([*(s.target for s in segments), 0], device=positions.device)
         self.turn: Turn | None = None
-        if (
-            spec.rotation is not None
-        ):  # fresh keys lie at absolute positions: their turn is the position itself
+        if spec.rotation is not None:
+            # Fresh keys lie at absolute positions: their turn is the position itself.
             self.turn = spec.rotation.turn(positions[None] - targets[:, None])
+        self.own_turn = _last(self.turn)
         self.spans = [_span(s, spec.window, positions) for s in segments]
         self.is_causal = not fresh and spec.window is None and len(positions) > 1
         self.fresh_mask = None if self.is_causal else _fresh_mask(spec.window, positions, fresh)
@@ -137,6 +140,11 @@ class _Layout:
         ]
         placed.append(Rows(*fresh, mask=self.fresh_mask, causal=self.is_causal))
         return placed
+
+
+def _last(turn: Turn | None) -> Turn | None:
+    """The turn for the last segment alone."""
+    return turn and Turn(turn.cos[-1:], turn.sin[-1:], turn.start, turn.interleaved)
 
 
 def _span(segment: Segment, window: int | None, positions: torch.Tensor) -> tuple[int, int, RowMask | None]:
@@ -191,18 +199,17 @@ class TableReading:
         self.positions = torch.tensor(list(positions), dtype=torch.long, device=device)
         self.mass: list[torch.Tensor] = []
         self._layouts: dict[tuple[LayerSpec, tuple[int, ...]], _Layout] = {}
-        self._zero_turns: dict[LayerSpec, Turn | None] = {}
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Rotate and keep the fresh keys, then attend to segments and fresh rows."""
         spec = self.specs[layer]
         read = tuple(i for i, s in enumerate(self.table) if s.is_read_by(layer))
         layout = self._layout(spec, read)
-        keys = rotate(call.key, self._own_turn(spec))
+        keys = rotate(call.key, layout.own_turn)
         kvs = [self.table.segments[i].kv.layers[layer] for i in read]
         rows = layout.rows(kvs, self.fresh.append(layer, keys, call.value))
         scale = call.scale * spec.score_factor(call.query.dtype)
-        if self.fresh.borders:
+        if self.fresh.borders is not None:
             attended = parted_attention(
                 call.query,
                 rows[-1],
@@ -227,12 +234,6 @@ class TableReading:
         full = mass.new_zeros((len(self.table), mass.shape[1]))
         full[list(read)] = mass
         return full
-
-    def _own_turn(self, spec: LayerSpec) -> Turn | None:
-        if spec not in self._zero_turns:
-            rotation = spec.rotation
-            self._zero_turns[spec] = rotation.turn(self.positions) if rotation is not None else None
-        return self._zero_turns[spec]
 
     def _layout(self, spec: LayerSpec, read: tuple[int, ...]) -> _Layout:
         if (spec, read) not in self._layouts:
@@ -271,10 +272,7 @@ class EncodeReading:
         spec = self.specs[layer]
         before = self.prefix.num_tokens if self.prefix is not None else 0
         turn = self._turn(spec, before)
-        keys = call.key
-        if turn is not None:  # rows 0..n-1 of the text's own segment: the last one of the turn
-            own = Turn(turn.cos[-1:], turn.sin[-1:], turn.start, turn.interleaved)
-            keys = rotate(call.key, own)
+        keys = rotate(call.key, _last(turn))  # rows 0..n-1 of the text's own segment
         self.kept.append((keys, call.value))
         mask = _fresh_mask(spec.window, self._local, ()) if spec.window is not None else None
         rows = [Rows(keys, call.value, mask=mask, causal=mask is None)]

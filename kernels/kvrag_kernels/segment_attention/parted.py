@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 
 from kvrag_kernels.segment_attention.reference import turn_query, visible
 from kvrag_kernels.segment_attention.types import Attended, Rows, Turn
@@ -14,7 +13,7 @@ def parted_attention(
     query: torch.Tensor,
     rows: Rows,
     turn: Turn | None,
-    borders: Sequence[int],
+    borders: torch.Tensor,
     *,
     scale: float,
     softcap: float | None = None,
@@ -26,7 +25,8 @@ def parted_attention(
         query: [B, H, T, D], not rotated.
         rows: the run; query heads that share a key head are packed, so nothing is expanded.
         turn: with S = 1, or None.
-        borders: column at which each of P parts ends, in order; the last part may end before the run does.
+        borders: [P], int64: column at which each part ends, in order; the last part may end before the
+            run does.
         scale: factor on the scores.
         softcap: soft cap of the scores.
         sinks: [H], extra scores.
@@ -47,6 +47,7 @@ def parted_attention(
         sink = sinks.float().view(1, -1, 1, 1).expand(batch, -1, num_rows, 1)
         scores = torch.cat((scores, sink), dim=-1)
     probs = scores.softmax(dim=-1)[..., :columns]
-    parts = [probs[..., start:end].sum(-1) for start, end in zip((0, *borders[:-1]), borders, strict=True)]
+    sums = F.pad(probs.cumsum(dim=-1), (1, 0)).index_select(-1, borders).movedim(-1, 0)
     out = torch.matmul(probs.to(rows.values.dtype).reshape(batch, kv_heads, -1, columns), rows.values)
-    return Attended(out.view(batch, heads, num_rows, -1), torch.stack(parts))
+    mass = torch.cat((sums[:1], sums[1:] - sums[:-1]))
+    return Attended(out.view(batch, heads, num_rows, -1), mass)

@@ -22,19 +22,22 @@ def turn_query(query: torch.Tensor, turn: Turn | None, num_segments: int) -> tor
     """
     if turn is None:
         return query.expand(num_segments, *query.shape)
-    pairs, end = turn.cos.shape[-1], turn.start + 2 * turn.cos.shape[-1]
+    pairs, start, end = turn.cos.shape[-1], turn.start, turn.start + 2 * turn.cos.shape[-1]
     cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]  # [S, 1, 1, T, R]
-    inner = query[..., turn.start : end].float()
-    out = query.new_empty((num_segments, *query.shape), dtype=torch.float32)
-    turned = out[..., turn.start : end]
-    if turn.interleaved:
-        (a, b), (x, y) = (inner[..., 0::2], inner[..., 1::2]), (turned[..., 0::2], turned[..., 1::2])
-    else:
-        (a, b), (x, y) = inner.split(pairs, dim=-1), turned.split(pairs, dim=-1)
-    torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=y).addcmul_(a, sin)
-    out[..., : turn.start] = query[..., : turn.start]
-    out[..., end:] = query[..., end:]
+    exact = query.float()
+    out = torch.empty((num_segments, *query.shape), dtype=torch.float32, device=query.device)
+    first, second = (
+        (slice(start, end, 2), slice(start + 1, end, 2))
+        if turn.interleaved
+        else (slice(start, start + pairs), slice(start + pairs, end))
+    )
+    a, b = exact[..., first], exact[..., second]
+    torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
+    if start:
+        out[..., :start] = exact[..., :start]
+    if end < query.shape[-1]:
+        out[..., end:] = exact[..., end:]
     return out.to(query.dtype)
 
 
