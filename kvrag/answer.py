@@ -19,12 +19,15 @@ class DocumentUse:
         num_tokens: its length.
         is_hit: its rows came from the store; otherwise it was read for this answer.
         mass: its share of the attention, while the answer's tokens were chosen, mean over layers and heads.
+        focus: its share among the documents of squared attention: where heads that look at one place look.
+            Says better than `mass` which document an answer rests on.
     """
 
     key: str
     num_tokens: int
     is_hit: bool
     mass: float
+    focus: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,8 @@ class TableReading:
         mass: per layer [S, T], float32: share of each fresh row's attention, mean over heads, that each
             segment of the table got (or each that was copied into the fresh rows); zero for segments that
             the layer does not read. Empty without segments.
+        focus: the same for squared masses, mean over heads: heads that look at one place count, heads
+            that look everywhere hardly do.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class TableReading:
         self.specs, self.table, self.fresh = specs, table, fresh
         self.positions = torch.tensor(list(positions), dtype=torch.long, device=device)
         self.mass: list[torch.Tensor] = []
+        self.focus: list[torch.Tensor] = []
         self._layouts: dict[tuple[LayerSpec, tuple[int, ...]], _Layout] = {}
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
@@ -219,14 +222,19 @@ class TableReading:
                 softcap=call.softcap,
                 sinks=call.sinks,
             )
-            self.mass.append(attended.mass[:, 0].mean(1))
+            self._note(attended.mass[:, 0], read)
             return attended.out
         attended = segment_attention(
             call.query, rows, layout.turn, scale=scale, softcap=call.softcap, sinks=call.sinks
         )
         if len(self.table):
-            self.mass.append(self._spread(attended.mass[:-1, 0].mean(1), read))
+            self._note(attended.mass[:-1, 0], read)
         return attended.out
+
+    def _note(self, mass: torch.Tensor, read: tuple[int, ...]) -> None:
+        """Keep a layer's masses, [S, H, T] of the segments that it read."""
+        self.mass.append(self._spread(mass.mean(1), read))
+        self.focus.append(self._spread(mass.square().mean(1), read))
 
     def _spread(self, mass: torch.Tensor, read: tuple[int, ...]) -> torch.Tensor:
         if len(read) == len(self.table):

@@ -166,7 +166,7 @@ def ask(
     out.print("\n")
     for source in reply.sources:
         cached = "cached" if source.is_hit else "read now"
-        out.print(f"  {source.mass:6.1%}  {source.name}  ({source.num_tokens} tokens, {cached})")
+        out.print(f"  {source.focus:4.0%}  {source.name}  ({source.num_tokens} tokens, {cached})")
     usage, timing = reply.answer.usage, reply.answer.timing
     out.print(
         f"  first token after {timing.first_token * 1e3:.0f} ms; read {usage.read_tokens} of "
@@ -324,7 +324,10 @@ def demo(
     model: ModelOption = None,
     documents: Annotated[int, typer.Option(help="Documents in the collection.", min=1)] = 40,
     questions: Annotated[int, typer.Option(help="Questions to ask.", min=1)] = 20,
-    k: Annotated[int, typer.Option("-k", help="Chunks to retrieve for each question.", min=1)] = 10,
+    k: Annotated[int, typer.Option("-k", help="Chunks to retrieve for each question.", min=1)] = 8,
+    by_paragraph: Annotated[
+        bool, typer.Option("--by-paragraph", help="Cut documents; their second part names nobody.")
+    ] = False,
     folder: Annotated[Path | None, typer.Option("--home", help="Keep collection and caches here.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -343,6 +346,7 @@ def demo(
         num_documents=documents,
         num_questions=questions,
         k=k,
+        by_paragraph=by_paragraph,
         folder=folder,
         device=device,
         dtype=dtype,

@@ -118,11 +118,13 @@ class Step:
     Attributes:
         token: its id.
         mass: [L, S], float32: attention of the row that chose it to each segment, mean over heads.
+        focus: [L, S], float32: the same for squared attention.
         is_last: a stopping criterion holds.
     """
 
     token: int
     mass: torch.Tensor
+    focus: torch.Tensor
     is_last: bool
 
 
@@ -161,7 +163,7 @@ def steps(
             token = scores.argmax(-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)
         is_last = bool(chosen.criteria(ids, scores).all())
-        yield Step(int(token), last.mass[..., -1], is_last)
+        yield Step(int(token), last.mass[..., -1], last.focus[..., -1], is_last)
         if is_last:
             return
         if rent is not None and rent.is_spent():

@@ -70,6 +70,7 @@ def run(
     num_documents: int,
     num_questions: int,
     k: int,
+    by_paragraph: bool,
     folder: Path | None,
     device: str | None,
     dtype: str,
@@ -82,6 +83,7 @@ def run(
         num_documents: size of the collection.
         num_questions: how many to ask.
         k: chunks retrieved for each.
+        by_paragraph: cut documents at paragraphs; the second one never says whom it is about.
         folder: keep collection and caches here; None: a temporary folder.
         device: where to compute.
         dtype: element type.
@@ -93,7 +95,7 @@ def run(
         engine = Engine.from_pretrained(model or READER, store=home.store(), device=device, dtype=dtype)
         with engine:
             out.print(_conditions(engine))
-            _ingest(home, engine, num_documents, out)
+            _ingest(home, engine, num_documents, out, by_paragraph=by_paragraph)
             questions = demo_questions(num=num_questions, num_documents=num_documents)
             with home.corpus(engine) as corpus:
                 rows = list(_ask_all(engine, corpus, home.form(engine), questions, k, out))
@@ -124,7 +126,7 @@ def _conditions(engine: Engine) -> str:
     return f"{model.name}: {count / 1e6:.1f}M parameters, {model.dtype}, {model.device}{threads}"
 
 
-def _ingest(home: Home, engine: Engine, num_documents: int, out: Console) -> None:
+def _ingest(home: Home, engine: Engine, num_documents: int, out: Console, *, by_paragraph: bool) -> None:
     texts = [Document(d.text, d.title) for d in demo_documents(num=num_documents)]
     columns = (TextColumn("reading documents once"), BarColumn(), MofNCompleteColumn())
     err = Console(stderr=True)
@@ -134,7 +136,7 @@ def _ingest(home: Home, engine: Engine, num_documents: int, out: Console) -> Non
             home,
             engine,
             texts,
-            by_paragraph=True,
+            by_paragraph=by_paragraph,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     stats = home.store().stats()
@@ -194,7 +196,7 @@ def _row(question: DemoQuestion, reply: Reply, ordinary: OrdinaryAnswer) -> Row:
 def _print_sources(reply: Reply, out: Console) -> None:
     out.print()
     for source in reply.sources[:3]:
-        line = f"   {source.mass:6.1%}  {source.name}: {' '.join(source.text.split())}"
+        line = f"   {source.focus:4.0%}  {source.name}: {' '.join(source.text.split())}"
         out.print(line, no_wrap=True, overflow="ellipsis")
     out.print()
 

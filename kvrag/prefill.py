@@ -82,10 +82,12 @@ class Read:
     Attributes:
         logits: [kept, V], in the model's dtype.
         mass: [L, S, T], float32: attention mass of each segment per layer and fresh row, mean over heads.
+        focus: [L, S, T], float32: the same for squared masses.
     """
 
     logits: torch.Tensor
     mass: torch.Tensor
+    focus: torch.Tensor
 
 
 def read_prompt(
@@ -108,13 +110,16 @@ def read_prompt(
         stride: most tokens per forward pass.
 
     Returns:
-        The last token's logits, and the masses of all rows.
+        The last token's logits, and mass and focus of all rows.
     """
     reads = []
     for start in range(0, len(tokens), stride):
         end = min(start + stride, len(tokens))
         reads.append(read(model, table.seen_from(start), tokens[start:end], positions[start:end], fresh))
-    return Read(reads[-1].logits, torch.cat([r.mass for r in reads], dim=-1))
+    mass, focus = (
+        torch.cat(parts, dim=-1) for parts in zip(*((r.mass, r.focus) for r in reads), strict=True)
+    )
+    return Read(reads[-1].logits, mass, focus)
 
 
 @torch.inference_mode()
@@ -141,7 +146,7 @@ def read(
     ids = torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
     logits = model.run(ids, reading, logits_to_keep=logits_to_keep)
     fresh.positions.extend(positions)
-    shape = (model.num_layers, 0, len(tokens))
-    return Read(
-        logits[0], torch.stack(reading.mass) if reading.mass else logits.new_zeros(shape, dtype=torch.float32)
-    )
+    if reading.mass:
+        return Read(logits[0], torch.stack(reading.mass), torch.stack(reading.focus))
+    nothing = logits.new_zeros((model.num_layers, 0, len(tokens)), dtype=torch.float32)
+    return Read(logits[0], nothing, nothing)

@@ -13,7 +13,7 @@ from kvrag.attention import FreshRows
 from kvrag.caches import Caches, Loaded
 from kvrag.compose import Composed, compose
 from kvrag.config import Sampling
-from kvrag.decode import choice, steps
+from kvrag.decode import Step, choice, steps
 from kvrag.errors import ContextOverflow, InputError
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
@@ -62,12 +62,12 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     first = read_prompt(model, composed.table, composed.tokens, composed.positions, fresh)
     decoding = Decoding(model.text, request.sampling.stop)
     tokens: list[int] = []
-    seen: list[torch.Tensor] = []
+    seen: list[Step] = []
     for step in steps(model, composed.table, fresh, composed.prompt, first, chosen, position=composed.end):
         if not tokens:
             clock.lap("prefill")
         tokens.append(step.token)
-        seen.append(step.mass)
+        seen.append(step)
         if piece := decoding.push(step.token):
             yield piece
         if step.is_last or decoding.stopped:
@@ -79,7 +79,7 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
         planned,
         documents,
         composed,
-        torch.stack(seen, dim=-1),
+        seen,
         decoding,
         tokens,
         clock,
@@ -131,31 +131,33 @@ def _finished(
     planned: PromptPlan,
     documents: list[Loaded],
     composed: Composed,
-    mass: torch.Tensor,
+    seen: list[Step],
     decoding: Decoding,
     tokens: list[int],
     clock: _Clock,
     reason: FinishReason,
 ) -> Answer:
     timing = clock.timing()
+    mass, focus = _shares(composed, [s.mass for s in seen]), _shares(composed, [s.focus for s in seen])
+    whole = sum(focus) or 1.0
     uses = tuple(
-        DocumentUse(span.key, len(span.tokens), loaded.is_hit, mass)
-        for span, loaded, mass in zip(planned.cached, documents, _masses(composed, mass), strict=True)
+        DocumentUse(span.key, len(span.tokens), loaded.is_hit, m, f / whole)
+        for span, loaded, m, f in zip(planned.cached, documents, mass, focus, strict=True)
     )
     ready = [s for s in composed.table if s.document is None or documents[s.document].is_hit]
     usage = Usage(len(composed.prompt), sum(s.kv.num_tokens for s in ready), len(tokens))
     return Answer(decoding.text, tuple(tokens), reason, uses, usage, timing, planned)
 
 
-def _masses(composed: Composed, mass: torch.Tensor) -> list[float]:
-    """Each document's share of the attention of the rows that chose the answer's tokens.
+def _shares(composed: Composed, seen: list[torch.Tensor]) -> list[float]:
+    """Each document's share of what the rows that chose the answer's tokens looked at.
 
     Args:
         composed: the prompt.
-        mass: [L, S, new tokens].
+        seen: [L, S] for each token.
     """
     numbers = [i for i, s in enumerate(composed.table) if s.document is not None]
-    return [float(x) for x in mass[:, numbers].mean(dim=(0, 2))]
+    return [float(x) for x in torch.stack(seen)[..., numbers].mean(dim=(0, 1))]
 
 
 class _Clock:

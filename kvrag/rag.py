@@ -26,6 +26,7 @@ class Source:
         num_tokens: its length.
         is_hit: its rows came from the store.
         mass: its share of the attention, while the answer's tokens were chosen, mean over layers and heads.
+        focus: its share among the documents of squared attention; what the answer rests on.
     """
 
     id: str
@@ -34,11 +35,12 @@ class Source:
     num_tokens: int
     is_hit: bool
     mass: float
+    focus: float
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer and the documents that it rests on, most attended first."""
+    """An answer and the documents that it rests on, most looked at first."""
 
     question: str
     text: str
@@ -92,7 +94,7 @@ class Asked:
             raise GenerationCancelled("the answer was cancelled")
         left = list(self._hits.values())
         sources = [_source(use, self._hits[use.key], left) for use in answer.documents]
-        sources.sort(key=lambda s: s.mass, reverse=True)
+        sources.sort(key=lambda s: s.focus, reverse=True)
         return Reply(self.question, answer.text.strip(), tuple(sources), answer)
 
 
@@ -138,4 +140,4 @@ def _source(use: DocumentUse, found: Hit, left: list[Hit]) -> Source:
     if hit in left:
         left.remove(hit)
     name = str(hit.metadata.get("source") or hit.id)
-    return Source(hit.id, name, hit.text, use.num_tokens, use.is_hit, use.mass)
+    return Source(hit.id, name, hit.text, use.num_tokens, use.is_hit, use.mass, use.focus)

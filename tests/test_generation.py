@@ -164,7 +164,8 @@ def test_sampled_tokens_follow_the_distribution() -> None:
     prompt = model().text.tokenize("Hi", first=True)
     logits = torch.full((model().network.config.vocab_size,), -1e9)
     logits[[10, 11]] = torch.tensor([0.0, 1.0986])  # odds of one to three
-    last = Read(logits[None], torch.zeros(model().num_layers, 0, 1))
+    nothing = torch.zeros(model().num_layers, 0, 1)
+    last = Read(logits[None], nothing, nothing)
     fresh, table = FreshRows(model().num_layers), SegmentTable()
     found = []
     for seed in range(300):
@@ -388,6 +389,7 @@ def test_prompts_of_every_shape_can_be_answered(engine: Engine, shape: str) -> N
     assert answer.plan.text == prompt
     assert (answer.plan.prefix is not None) == ("P" in shape)
     assert sum(d.mass for d in answer.documents) < 1.0001
+    assert sum(d.focus for d in answer.documents) == pytest.approx(1 if answer.documents else 0)
     assert all(d.mass > 0 for d in answer.documents[:-1])
     usage = answer.usage
     assert usage.prompt_tokens == len(answer.plan.tokens)

@@ -78,7 +78,7 @@ def test_ingest_ask_change_remove(home: Home, engine: Engine) -> None:
     reply = question(home, engine)
     assert sorted(s.name for s in reply.sources) == ["a.txt", "b.txt"]
     assert all(s.is_hit for s in reply.sources)
-    assert [s.mass for s in reply.sources] == sorted((s.mass for s in reply.sources), reverse=True)
+    assert [s.focus for s in reply.sources] == sorted((s.focus for s in reply.sources), reverse=True)
     assert reply.answer.usage.cached_tokens > reply.answer.usage.read_tokens
     assert json.loads(json.dumps(reply.as_dict()))["answer"] == reply.text
 
