@@ -45,13 +45,16 @@ def from_earlier(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0
     """A new reader that computes what the earlier one of the same width in `folder` computes.
 
     Embeddings are carried over by word, a new word's is drawn like the others; more layers and more
-    feed-forward units begin with zero output.
+    feed-forward units begin with zero output. One of the same shape and vocabulary is simply gone on with.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     old = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = LlamaForCausalLM(config(tokenizer))
-    _carry_embeddings(old, AutoTokenizer.from_pretrained(folder).get_vocab(), model, tokenizer, generator)
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    if vocabulary == tokenizer.get_vocab() and len(old.model.layers) == len(model.model.layers):
+        return old
+    _carry_embeddings(old, vocabulary, model, tokenizer, generator)
     model.model.norm.weight.copy_(old.model.norm.weight)
     for i, layer in enumerate(model.model.layers):
         if i not in _PLACES:

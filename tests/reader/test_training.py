@@ -1,6 +1,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvrag import reader
 from kvrag.reader import autograd, start, tokenizer
 from kvrag.reader.muon import Muon, orthogonalised
 
@@ -89,3 +90,10 @@ def test_extra_layers_change_nothing_at_first(tmp_path):
     with torch.no_grad():
         hidden = [m.model(inputs_embeds=smaller.model.embed_tokens(ids))[0] for m in (smaller, grown)]
     torch.testing.assert_close(hidden[0], hidden[1], atol=1e-4, rtol=1e-4)
+
+
+def test_training_goes_on_from_the_shipped_reader():
+    shipped = LlamaForCausalLM.from_pretrained(reader.path())
+    again = start.from_earlier(reader.path(), tokenizer.build())
+    ids = torch.arange(10, 40)[None]
+    torch.testing.assert_close(again(ids).logits, shipped(ids).logits)
