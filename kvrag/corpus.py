@@ -20,8 +20,9 @@ from kvrag.errors import (
     StoreWriteError,
 )
 from kvrag.index import Hit, Index, Metadata, Record, already_there
+from kvrag.reports import CorpusStats, IngestReport, ReconcileReport
 from kvrag.segments import KV
-from kvrag.store.base import KVStore, StoreStats
+from kvrag.store.base import KVStore
 from kvrag.store.key import EntryKey, Fingerprint, tagged_digest
 from kvrag.store.references import References
 
@@ -56,58 +57,6 @@ class Encoder(Protocol):
     def encode(self, token_lists: Sequence[tuple[int, ...]]) -> list[KV]:
         """Keys and values of documents, in order; each does not depend on the others."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class IngestReport:
-    """What `ingest` did: the ids of all texts in order, and how many were new or there already."""
-
-    ids: tuple[str, ...]
-    added: int
-    skipped: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReconcileReport:
-    """What `reconcile` found and mended.
-
-    Attributes:
-        records: records in the collection.
-        rebuilt: entries encoded anew.
-        removed: entries without a record, deleted.
-        relabelled: records that named another entry than their text's.
-        unreferenced: references without a record, forgotten.
-        damaged: entries or files found broken and set aside or removed.
-        unencodable: ids of records that this model cannot read (empty or too long).
-    """
-
-    records: int
-    rebuilt: int
-    removed: int
-    relabelled: int
-    unreferenced: int
-    damaged: int
-    unencodable: tuple[str, ...]
-
-    @property
-    def was_equal(self) -> bool:
-        """Nothing had to be mended."""
-        return not (self.rebuilt or self.removed or self.relabelled or self.unreferenced or self.damaged)
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusStats:
-    """Size of the corpus.
-
-    Attributes:
-        documents: records in the collection.
-        uncached: texts added by this object whose entry could not be written.
-        store: counts of the store, which other collections may share.
-    """
-
-    documents: int
-    uncached: int
-    store: StoreStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvrag.corpus import Corpus, IngestReport, Progress
+from kvrag.corpus import Corpus, Progress
 from kvrag.documents import Document, split
 from kvrag.engine import DocumentEncoder, Engine
 from kvrag.errors import ConfigError, InputError
 from kvrag.index import Index
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
+from kvrag.reports import IngestReport
 from kvrag.segments import KV
 from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
