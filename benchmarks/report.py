@@ -40,7 +40,8 @@ def ttft(files: list[Path]) -> list[str]:
             f"{made['shape']['hidden']} wide, {made['shape']['kv_heads']} key heads; "
             f"{made['store_bytes'] / 2**20:.0f} MiB of caches. {made['threads']} threads "
             f"({made['cpu_capability']}), torch {made['torch']}, transformers {made['transformers']}, "
-            f"Python {made['python']}, {made['date']}.",
+            f"Python {made['python']}, {made['date']}. Full prefill: {made['full_repeat']} runs; "
+            f"from caches: {made['repeat']} runs.",
             "",
             "| | median | |",
             "|---|---:|---:|",

@@ -217,6 +217,8 @@ def conditions(args: argparse.Namespace, bench: Bench, shape: Shape) -> dict[str
         "document_tokens": len(bench.documents[0]),
         "question_tokens": len(bench.question),
         "store_bytes": bench.num_bytes,
+        "repeat": args.repeat,
+        "full_repeat": args.full_repeat,
     }
 
 
