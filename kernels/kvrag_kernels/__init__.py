@@ -2,9 +2,11 @@
 
 from kvrag_kernels.segment_attention import (
     Attended,
+    Group,
     RowMask,
     Rows,
     Turn,
+    column_mass,
     parted_attention,
     segment_attention,
     segment_attention_reference,
@@ -12,9 +14,11 @@ from kvrag_kernels.segment_attention import (
 
 __all__ = [
     "Attended",
+    "Group",
     "RowMask",
     "Rows",
     "Turn",
+    "column_mass",
     "parted_attention",
     "segment_attention",
     "segment_attention_reference",

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrag_kernels import Attended, RowMask, Rows, Turn, segment_attention, segment_attention_reference
-from kvrag_kernels.segment_attention import segment_attention_cpu
+from kvrag_kernels.segment_attention import Group, segment_attention_cpu
 
 FAR = 1_000_000
+APE = Group(temperature=0.5, scale=0.8)
 
 # Largest difference from float64, relative to the largest value; half precision rounds the turned query,
 # and the reference its scores too.
@@ -46,6 +47,7 @@ class Part:
         first_row: query rows before this one do not see it.
         hidden: share of rows that a random mask hides; 1 makes blind query rows.
         window: rows further back than this are hidden.
+        grouped: belongs to the context group.
     """
 
     size: int
@@ -53,6 +55,7 @@ class Part:
     first_row: int = 0
     hidden: float = 0.0
     window: int | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Case:
     shared: bool = False
     sinks: bool = False
     softcap: float | None = None
+    group: Group | None = None
     dtype: torch.dtype = torch.float32
 
 
@@ -135,7 +139,8 @@ def inputs_of(case: Case, seed: int = 0) -> Inputs:
         if part.window is not None:
             allowed &= positions[first:, None] - (part.target + local) < part.window
         mask = None if bool(allowed.all()) and not part.hidden else RowMask(allowed)
-        segments.append(Rows(window_into(keys), window_into(values), first_row=part.first_row, mask=mask))
+        rows = Rows(window_into(keys), window_into(values), part.first_row, mask, in_group=part.grouped)
+        segments.append(rows)
         targets.append(part.target)
         seen = torch.zeros(case.rows, part.size, dtype=torch.bool)
         seen[first:] = allowed
@@ -170,10 +175,23 @@ def dense(inputs: Inputs, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch
     extra = torch.full((*scores.shape[:3], 1), float("-inf"), dtype=torch.float64)
     if inputs.sinks is not None:
         extra[:] = inputs.sinks.double()[None, :, None, None]
-    probs = torch.cat((scores, extra), -1).softmax(-1)
+    scores = torch.cat((scores, extra), -1)
+    probs = scores.softmax(-1) if case.group is None else grouped(scores, inputs.segments, case.group)
     parts = probs[..., :-1].split([v.shape[1] for v in inputs.visible], -1)
     out = torch.einsum("bhtn,bhnd->bhtd", probs[..., :-1], torch.cat(values, 2))
     return out, torch.stack([p.sum(-1) for p in parts]), probs[..., -1]
+
+
+def grouped(scores: torch.Tensor, segments: list[Rows], group: Group) -> torch.Tensor:
+    """Probabilities in two steps: the group against the rest (the sink is the last column), then inside."""
+    inside = torch.tensor([r.in_group for r in segments for _ in range(r.keys.shape[2])] + [False])
+    within, rest = scores[..., inside] / group.temperature, scores[..., ~inside]
+    weight = group.scale * group.temperature * within.logsumexp(-1)
+    weight = torch.stack((weight, rest.logsumexp(-1)), -1).softmax(-1)[..., None]
+    probs = torch.empty_like(scores)
+    probs[..., inside] = within.softmax(-1).nan_to_num(0.0) * weight[..., 0, :]
+    probs[..., ~inside] = rest.softmax(-1) * weight[..., 1, :]
+    return probs
 
 
 def check(case: Case, path: Callable[..., Attended] = segment_attention, seed: int = 0) -> None:
@@ -185,6 +203,7 @@ def check(case: Case, path: Callable[..., Attended] = segment_attention, seed: i
         scale=case.dim**-0.5,
         softcap=case.softcap,
         sinks=inputs.sinks,
+        group=case.group,
     )
     out, mass, sink = dense(inputs, case)
     tolerance = TOLERANCE[case.dtype]
@@ -235,8 +254,27 @@ CASES = {
     "middle": Case(pairs=2, start=5, interleaved=True),
     "no positions": Case(rotated=False),
     "long": Case(parts=(Part(700, 0), Part(333, 700, 2)), rows=67, position=1033, dim=64),
+    "group": Case(parts=(Part(5, 0), Part(9, 5, grouped=True), Part(7, 5, grouped=True)), group=APE),
+    "group, hotter": Case(parts=(Part(9, 5, grouped=True), Part(6, 0)), group=Group(1.7, 1.3)),
+    "group, as one": Case(parts=(Part(9, 5, grouped=True), Part(6, 0)), group=Group(0.5, 2.0)),
+    "group of none": Case(group=APE),
+    "group, empty": Case(parts=(Part(0, 5, grouped=True), Part(6, 0)), group=APE),
+    "group, sinks": Case(
+        parts=(Part(9, 5, grouped=True), Part(6, 0), Part(8, 5, 2, grouped=True)), sinks=True, group=APE
+    ),
+    "group, blind rows": Case(
+        parts=(Part(9, 0, 2, grouped=True), Part(9, 20, grouped=True, hidden=1.0), Part(3, 30)),
+        rows=5,
+        group=APE,
+    ),
     "everything": Case(
-        parts=(Part(11, 0), Part(0, 11), Part(17, FAR, 2, hidden=0.5), Part(8, 3, 1, window=40)),
+        parts=(
+            Part(11, 0),
+            Part(0, 11, grouped=True),
+            Part(17, FAR, 2, hidden=0.5, grouped=True),
+            Part(8, 3, 1, window=40, grouped=True),
+        ),
+        group=Group(0.8, 0.9),
         rows=5,
         batch=2,
         shared=True,
@@ -271,6 +309,7 @@ parts = st.builds(
     first_row=st.integers(0, 8),
     hidden=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     window=st.one_of(st.none(), st.integers(1, 100)),
+    grouped=st.booleans(),
 )
 cases = st.builds(
     Case,
@@ -288,6 +327,7 @@ cases = st.builds(
     shared=st.booleans(),
     sinks=st.booleans(),
     softcap=st.sampled_from([None, None, 4.0]),
+    group=st.sampled_from([None, None, APE, Group(1.5, 0.7), Group(0.7, 1.2)]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
 

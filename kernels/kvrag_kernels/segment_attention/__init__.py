@@ -11,17 +11,20 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels.segment_attention import cpu
+from kvrag_kernels.segment_attention.columns import column_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.parted import parted_attention
 from kvrag_kernels.segment_attention.reference import segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
-from kvrag_kernels.segment_attention.types import Attended, RowMask, Rows, Turn
+from kvrag_kernels.segment_attention.types import Attended, Group, RowMask, Rows, Turn
 
 __all__ = [
     "Attended",
+    "Group",
     "RowMask",
     "Rows",
     "Turn",
+    "column_mass",
     "parted_attention",
     "segment_attention",
     "segment_attention_cpu",
@@ -38,6 +41,7 @@ def segment_attention(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    group: Group | None = None,
 ) -> Attended:
     """Attention of fresh rows to segments, as if all segments were one sequence at their places.
 
@@ -48,6 +52,7 @@ def segment_attention(
         scale: factor on the scores.
         softcap: scores are squeezed to softcap * tanh(score / softcap) before the mask.
         sinks: [H], extra scores that take attention and give nothing (gpt-oss).
+        group: how the segments with `in_group` are read, after the soft cap; None: like all others.
 
     Returns:
         Output [B, H, T, Dv] and each segment's attention mass [S, B, H, T] in float32.
@@ -63,7 +68,9 @@ def segment_attention(
     if query.shape[1] % segments[0].keys.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {segments[0].keys.shape[1]} key heads")
     if cpu.is_supported(query, segments, softcap):
-        return segment_attention_cpu(query, segments, turn, scale=scale, sinks=sinks)
+        return segment_attention_cpu(query, segments, turn, scale=scale, sinks=sinks, group=group)
     if is_single(segments, softcap, sinks):
-        return segment_attention_single(query, segments, turn, scale=scale)
-    return segment_attention_reference(query, segments, turn, scale=scale, softcap=softcap, sinks=sinks)
+        return segment_attention_single(query, segments, turn, scale=scale, group=group)
+    return segment_attention_reference(
+        query, segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+    )

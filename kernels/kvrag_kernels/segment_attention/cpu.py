@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
-from kvrag_kernels.segment_attention.reference import turn_query
-from kvrag_kernels.segment_attention.types import Attended, Rows, Turn
+from kvrag_kernels.segment_attention.reference import acting, group_shift, turn_query
+from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOTHING = float("-inf")
@@ -85,10 +85,12 @@ def segment_attention_cpu(
     *,
     scale: float,
     sinks: torch.Tensor | None = None,
+    group: Group | None = None,
 ) -> Attended:
     """Attend segment by segment and merge; see `segment_attention` for the arguments."""
     batch, heads, num_rows, dim = query.shape
     kv_heads = segments[0].keys.shape[1]
+    group = acting(group, segments)
     turned = turn_query(query, turn, len(segments))
     packed = turned.reshape(len(segments), batch, kv_heads, heads // kv_heads * num_rows, dim)
     lse = query.new_empty((len(segments), *packed.shape[1:4]), dtype=torch.float32)
@@ -99,16 +101,20 @@ def segment_attention_cpu(
             outs.append(None)
             lse[i] = _NOTHING
             continue
+        factor = scale / group.temperature if group is not None and rows.in_group else scale
         if rows.causal:
-            out, part = _attend_causally(turned[i], rows, scale)
+            out, part = _attend_causally(turned[i], rows, factor)
         elif rows.mask is not None or 4 * first > num_rows:
-            out, part = _attend_late(turned[i], rows, scale)
+            out, part = _attend_late(turned[i], rows, factor)
         else:  # a few rows too many cost less than a copy of the others
-            out, part = _flash(packed[i], *_expanded(rows, batch), None, False, scale)
+            out, part = _flash(packed[i], *_expanded(rows, batch), None, False, factor)
         outs.append(out.reshape(packed.shape[1:]))
         lse[i] = part.reshape(packed.shape[1:4])
         if first:
             lse[i].view(batch, heads, num_rows)[:, :, :first] = _NOTHING
+    if group is not None:
+        inside = [i for i, rows in enumerate(segments) if rows.in_group]
+        lse[inside] += group_shift(lse[inside], group, 0)
     mass = _shares(lse, sinks, num_rows)
     return Attended(
         _merge(outs, mass).to(query.dtype).view(query.shape), mass.view(-1, batch, heads, num_rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvrag_kernels.segment_attention.types import Attended, Rows, Turn
+from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 
 
 def turn_query(query: torch.Tensor, turn: Turn | None, num_segments: int) -> torch.Tensor:
@@ -53,6 +53,37 @@ def visible(rows: Rows, num_rows: int) -> torch.Tensor:
     return seen
 
 
+def acting(group: Group | None, segments: Sequence[Rows]) -> Group | None:
+    """The group where it changes anything, else None: then attention without groups runs, bit for bit."""
+    if group is None or (group.temperature == 1 and group.scale == 1):
+        return None
+    return group if any(rows.in_group for rows in segments) else None
+
+
+def group_shift(scores: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """What is added to the scores of a group before they meet everything else.
+
+    Args:
+        scores: the group's visible scores, divided by the temperature, or log-sum-exps of parts of them;
+            minus infinity where nothing is seen.
+        group: temperature T and scale S.
+        dim: along which the group lies.
+
+    Returns:
+        (S * T - 1) * G with size 1 along `dim`; 0 for query rows that see nothing of the group.
+    """
+    blind = (scores == float("-inf")).all(dim, keepdim=True)
+    # Blind rows are filled first: the gradient of a log-sum-exp of nothing is NaN.
+    total = scores.masked_fill(blind, 0).logsumexp(dim, keepdim=True)
+    return ((group.scale * group.temperature - 1) * total).masked_fill(blind, 0)
+
+
+def _shifted(scores: Sequence[torch.Tensor], segments: Sequence[Rows], group: Group) -> list[torch.Tensor]:
+    inside = [s for s, rows in zip(scores, segments, strict=True) if rows.in_group]
+    shift = group_shift(torch.cat(inside, dim=-1), group, -1)
+    return [s + shift if rows.in_group else s for s, rows in zip(scores, segments, strict=True)]
+
+
 def segment_attention_reference(
     query: torch.Tensor,
     segments: Sequence[Rows],
@@ -61,10 +92,12 @@ def segment_attention_reference(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    group: Group | None = None,
 ) -> Attended:
     """Attend to all segments as to one sequence; see `segment_attention` for the arguments."""
     num_rows, kv_heads = query.shape[2], segments[0].keys.shape[1]
     groups = query.shape[1] // kv_heads
+    group = acting(group, segments)
     turned = turn_query(query, turn, len(segments))
     scores, values = [], []
     for i, rows in enumerate(segments):
@@ -72,8 +105,12 @@ def segment_attention_reference(
         s = torch.matmul(turned[i], keys.transpose(-1, -2)).float() * scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
+        if group is not None and rows.in_group:
+            s = s / group.temperature
         scores.append(s.masked_fill(~visible(rows, num_rows), float("-inf")))
         values.append(rows.values.repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1))
+    if group is not None:
+        scores = _shifted(scores, segments, group)
     if sinks is not None:
         scores.append(sinks.float().reshape(1, -1, 1, 1).expand(*query.shape[:3], 1))
     weights = torch.cat(scores, dim=-1).softmax(dim=-1)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kvrag_kernels.segment_attention.reference import turn_query
-from kvrag_kernels.segment_attention.types import Attended, Rows, Turn
+from kvrag_kernels.segment_attention.reference import acting, turn_query
+from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 
 
 def is_single(segments: Sequence[Rows], softcap: float | None, sinks: torch.Tensor | None) -> bool:
@@ -17,10 +17,18 @@ def is_single(segments: Sequence[Rows], softcap: float | None, sinks: torch.Tens
 
 
 def segment_attention_single(
-    query: torch.Tensor, segments: Sequence[Rows], turn: Turn | None, *, scale: float
+    query: torch.Tensor,
+    segments: Sequence[Rows],
+    turn: Turn | None,
+    *,
+    scale: float,
+    group: Group | None = None,
 ) -> Attended:
     """Attend to the only segment; see `segment_attention` for the arguments."""
     (rows,) = segments
+    group = acting(group, segments)
+    if group is not None:  # its weight against everything else has no meaning where nothing else is
+        scale = scale / group.temperature
     batch, heads, num_rows, _ = query.shape
     out = F.scaled_dot_product_attention(
         turn_query(query, turn, 1)[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import torch
 
@@ -53,6 +54,31 @@ class RowMask:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """How the query reads the context group: the segments that were encoded without seeing each other.
+
+    Such segments together draw more attention, and spread it wider, than one text encoded in sequence. With
+    G the log-sum-exp of all visible scores of the group divided by the temperature, the group weighs
+    exp(scale * temperature * G) against everything else; inside, it is a softmax of score / temperature.
+
+    Attributes:
+        temperature: divides the group's scores; below one sharpens.
+        scale: exponent of the group's sum; one with a temperature of one is plain attention.
+
+    Source: adaptive parallel encoding (Yang et al. 2025, arXiv:2502.05431).
+    """
+
+    temperature: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < inf and 0 < self.scale < inf):
+            raise ValueError(
+                f"a group needs a temperature and a scale above 0, not {self.temperature} and {self.scale}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """One segment's keys and values, and who sees them.
 
@@ -62,6 +88,7 @@ class Rows:
         first_row: query rows before this one do not see the segment.
         mask: for the query rows from `first_row` on; None: they see every row.
         causal: query row i sees columns 0..i; needs n == T, no `mask` and `first_row` 0.
+        in_group: belongs to the context group; means nothing where no `Group` is given.
     """
 
     keys: torch.Tensor
@@ -69,6 +96,7 @@ class Rows:
     first_row: int = 0
     mask: RowMask | None = None
     causal: bool = False
+    in_group: bool = False
 
 
 @dataclass(frozen=True, slots=True)
