@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 
@@ -31,12 +33,54 @@ class LayerKV:
         return self.keys.nbytes + self.values.nbytes
 
 
+class LazyLayers(Sequence[LayerKV]):
+    """Layers in main memory, each of them read and proven when it is first touched.
+
+    Touching one (by number, slice or iteration) raises `CacheMiss` if its rows are not what they have to
+    be; whatever was computed with this text then has to start over. Lengths and sizes touch nothing.
+    """
+
+    @overload
+    def __getitem__(self, index: int) -> LayerKV: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerKV, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerKV | tuple[LayerKV, ...]:
+        """One layer or several, proven."""
+        numbers = range(len(self))[index]
+        return self.touch(numbers) if isinstance(numbers, int) else tuple(map(self.touch, numbers))
+
+    @abstractmethod
+    def touch(self, number: int) -> LayerKV:
+        """Layer `number`, counted from 0; read and proven if nobody has touched it yet.
+
+        Raises:
+            CacheMiss: it is damaged.
+        """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all layers, touched or not."""
+
+    @property
+    @abstractmethod
+    def num_bytes_touched(self) -> int:
+        """Bytes of the layers that were touched so far, by anybody who holds them."""
+
+    @abstractmethod
+    def head(self, num_tokens: int) -> LazyLayers:
+        """The first rows of every layer; touches none."""
+
+
 @dataclass(frozen=True, slots=True)
 class KV:
-    """One text as the model has read it: its tokens and every layer's keys and values."""
+    """One text as the model has read it: its tokens and every layer's keys and values.
+
+    The layers may be `LazyLayers`: only those that are touched are ever read.
+    """
 
     tokens: tuple[int, ...]
-    layers: tuple[LayerKV, ...]
+    layers: Sequence[LayerKV]
 
     @property
     def num_tokens(self) -> int:
@@ -45,17 +89,33 @@ class KV:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all layers."""
+        """Bytes of all layers; touches none."""
+        if isinstance(self.layers, LazyLayers):
+            return self.layers.num_bytes
         return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def num_bytes_touched(self) -> int:
+        """Bytes of the layers that were read so far: all of them, unless they are read when touched."""
+        return self.layers.num_bytes_touched if isinstance(self.layers, LazyLayers) else self.num_bytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are; touches none."""
+        if isinstance(self.layers, LazyLayers) or not self.layers:
+            return torch.device("cpu")
+        return self.layers[0].keys.device
 
     def head(self, num_tokens: int) -> KV:
         """The first rows alone, sharing memory: causal rows do not depend on later ones."""
+        if isinstance(self.layers, LazyLayers):
+            return KV(self.tokens[:num_tokens], self.layers.head(num_tokens))
         layers = tuple(LayerKV(x.keys[:, :num_tokens], x.values[:, :num_tokens]) for x in self.layers)
         return KV(self.tokens[:num_tokens], layers)
 
     def to(self, device: torch.device) -> KV:
-        """The rows on a device; itself if they are there."""
-        if not self.layers or self.layers[0].keys.device == device:
+        """The rows on a device; itself if they are there. To another one, all layers are read."""
+        if not self.layers or self.device == device:
             return self
         layers = (
             LayerKV(x.keys.to(device, non_blocking=True), x.values.to(device, non_blocking=True))
@@ -77,6 +137,9 @@ class Segment:
         first_row: fresh rows before this one come earlier in the prompt and do not see the segment.
         document: number of the document in retrieval order; None for the prefix.
         until_layer: the segment is read by layers below this one only; None means by all.
+        hidden: rows of the segment that nobody sees, ascending: fresh rows stand for them.
+        standing: how many fresh rows from `first_row` on are those that stand for the last hidden rows; each
+            sees the rows before its own place only.
     """
 
     kv: KV
@@ -84,6 +147,8 @@ class Segment:
     first_row: int = 0
     document: int | None = None
     until_layer: int | None = None
+    hidden: tuple[int, ...] = ()
+    standing: int = 0
 
     @property
     def end(self) -> int:
@@ -93,6 +158,11 @@ class Segment:
     def is_read_by(self, layer: int) -> bool:
         """Whether layer `layer` reads this segment."""
         return self.until_layer is None or layer < self.until_layer
+
+    def seen_from(self, row: int) -> Segment:
+        """The segment for fresh rows from `row` on, counted from there."""
+        passed = max(0, row - self.first_row)
+        return replace(self, first_row=max(0, self.first_row - row), standing=max(0, self.standing - passed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +202,7 @@ class SegmentTable:
         """The table for fresh rows from `row` on, counted from there."""
         if row == 0:
             return self
-        return SegmentTable(tuple(replace(s, first_row=max(0, s.first_row - row)) for s in self.segments))
+        return SegmentTable(tuple(s.seen_from(row) for s in self.segments))
 
     def moved(self, targets: Sequence[int]) -> SegmentTable:
         """The same rows at other positions.

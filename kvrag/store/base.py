@@ -18,10 +18,12 @@ class StoreStats:
     Attributes:
         entries: usable entries.
         num_bytes: bytes of those entries.
-        hits: loads that returned rows.
-        misses: loads that did not, damaged entries included.
+        hits: loads that returned rows; by layer also those of which a layer was found damaged later.
+        misses: loads that did not, damaged entries included, also those found damaged later.
         damaged: entries set aside because a check failed.
         write_failures: entries that could not be written.
+        bytes_read: bytes of rows that loads have read from files; rows that were kept are not read again,
+            layers that nobody touched are never read.
     """
 
     entries: int
@@ -30,6 +32,7 @@ class StoreStats:
     misses: int
     damaged: int
     write_failures: int
+    bytes_read: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,15 @@ class KVStore(Protocol):
     them, also when the entry is deleted meanwhile. All methods may be called from any thread.
     """
 
-    def get(self, key: EntryKey) -> KV:
+    def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows; may share memory with the store, so they must not be written to.
+
+        Args:
+            key: what to look for.
+            by_layer: read and verify a layer when it is first touched, instead of all at once; layers that
+                nobody touches are never read. A damaged layer is a `CacheMiss` when it is touched, and the
+                caller has to start over: the next `get` is a miss too. Stores that have nothing to read
+                take no notice of it.
 
         Raises:
             CacheMiss: absent, damaged (then set aside and counted) or not of this key.

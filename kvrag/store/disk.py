@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kvrag.errors import CacheMiss, ConfigError
-from kvrag.segments import KV
-from kvrag.store import layout
+from kvrag.segments import KV, LazyLayers
+from kvrag.store import advice, layout
 from kvrag.store.base import CheckReport, StoreStats, check_rows
 from kvrag.store.files import (
     PARTIAL,
@@ -30,6 +32,7 @@ from kvrag.store.files import (
 from kvrag.store.kept import KeptEntries, Signature
 from kvrag.store.key import EntryKey, Fingerprint, token_bytes
 from kvrag.store.layout import Damaged, Manifest
+from kvrag.store.lazy import MappedLayers
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +56,14 @@ class DiskStore:
     |                 | data ->                            | nothing                        |
 
     Names change under the store's lock file only, and files are never changed in place, so readers need
-    no lock: what they have mapped stays as it was. Cutting or overwriting a file of the store by other
-    means while it is mapped is not protected against (the operating system raises SIGBUS).
+    no lock: what they have mapped stays as it was, also for a layer that is touched long after. Cutting or
+    overwriting a file of the store by other means while it is mapped is not protected against (the
+    operating system raises SIGBUS).
 
     Args:
         path: the folder; created by the first `put`.
-        verify: "load" checks every byte whenever a file is newly mapped; "never" checks sizes, manifest
-            and tokens only.
+        verify: "load" checks every byte whenever a file is newly mapped, or by layer every byte of a layer
+            when it is first touched; "never" checks sizes, manifest and tokens only.
         keep_bytes: how many bytes of verified files stay mapped, to be handed out again without another
             check while the files are unchanged; 0 switches this off.
     """
@@ -77,24 +81,34 @@ class DiskStore:
         self._root = str(self.path)
         self._verify = verify
         self._kept = KeptEntries(keep_bytes)
+        self._lost: dict[str, Signature] = {}
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def get(self, key: EntryKey) -> KV:
+    def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows as views of its mapped file.
 
         Rows are shared with other callers in this process: they must not be written to. (The mapping is
         copy-on-write, so not even that would reach the file.)
+
+        Args:
+            key: what to look for.
+            by_layer: verify header and tokens now, and each layer when it is first touched: `layers` is a
+                `LazyLayers` then, unless the entry is kept and proven already. Layers that were touched
+                stay proven for later calls. See `KVStore.get`.
 
         Raises:
             CacheMiss: absent, or damaged or foreign and then moved to `quarantine/` and counted.
         """
         for _ in range(_MAX_READS):
             signature = self._signature(key.id)
-            if signature is None:
+            if signature is None or self._lost.get(key.id) == signature:
                 break
             try:
-                kv = self._kept.get(key.id, signature) or self._load(key, signature)
+                kv = self._kept.get(key.id, signature)
+                if kv is None or (isinstance(kv.layers, LazyLayers) and not by_layer):
+                    kv = self._load(key, signature, by_layer=by_layer)
+                    self._count("bytes_read", kv.num_bytes_touched)
             except Damaged as damage:
                 if self._signature(key.id) != signature:
                     continue  # it was being replaced while we read it
@@ -102,9 +116,7 @@ class DiskStore:
                 break
             self._count("hits")
             return kv
-        self._kept.drop(key.id)
-        self._count("misses")
-        raise CacheMiss(f"no usable entry {key.id[:12]} in {self.path}")
+        raise self._miss(key.id)
 
     def put(self, key: EntryKey, kv: KV) -> None:
         """Write the rows so that a crash after the return does not lose them.
@@ -170,6 +182,7 @@ class DiskStore:
             misses=counts["misses"],
             damaged=counts["damaged"],
             write_failures=counts["write_failures"],
+            bytes_read=counts["bytes_read"],
         )
 
     def check(self, *, fix: bool = False, grace_seconds: float = 3600.0) -> CheckReport:
@@ -221,9 +234,15 @@ class DiskStore:
                 found.append(_ABSENT)
         return None if found[0] == _ABSENT else tuple(found)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, number: int = 1) -> None:
         with self._lock:
-            self._counts[what] += 1
+            self._counts[what] += number
+
+    def _miss(self, key_id: str) -> CacheMiss:
+        """Forget and count an entry that is not usable; the error to raise."""
+        self._kept.drop(key_id)
+        self._count("misses")
+        return CacheMiss(f"no usable entry {key_id[:12]} in {self.path}")
 
     def _manifest(self, key_id: str) -> Manifest:
         try:
@@ -232,8 +251,8 @@ class DiskStore:
             raise Damaged(f"the manifest cannot be read: {error}") from error
         return layout.parse_manifest(raw)
 
-    def _load(self, key: EntryKey, signature: Signature) -> KV:
-        """Map, verify and remember an entry.
+    def _load(self, key: EntryKey, signature: Signature, *, by_layer: bool = False) -> KV:
+        """Map, verify and remember an entry; by layer only what lies around the rows is verified.
 
         Raises:
             Damaged: it is not what its manifest and this key say.
@@ -244,14 +263,51 @@ class DiskStore:
             other = {name: manifest.fingerprint.get(name) for name, v in fields.items()}
             raise Damaged(f"the entry was made for {other}, asked for was {fields}")
         data = layout.map_file(self._files(key.id)[1], manifest)
+        if by_layer:
+            advice.read_nothing_ahead(data)
         if self._verify == "load":
-            layout.verify(data, manifest)
+            (layout.verify_frame if by_layer else layout.verify)(data, manifest)
         if layout.stored_tokens(data, manifest) != token_bytes(key.tokens):
             raise Damaged("the entry holds other tokens")
         kv = layout.view_rows(data, manifest, key.tokens)
-        if self._signature(key.id) == signature:
-            self._kept.keep(key.id, signature, kv, manifest.file_size)
+        if by_layer:
+            kv = self._by_layer(key.id, signature, data, manifest, kv)
+        self._keep(key.id, signature, manifest, kv)
         return kv
+
+    def _by_layer(
+        self, key_id: str, signature: Signature, data: torch.Tensor, manifest: Manifest, kv: KV
+    ) -> KV:
+        """The same rows, each layer verified and counted when it is first touched."""
+        spans, views = list(manifest.layer_spans()), tuple(kv.layers)
+
+        def prove(number: int) -> None:
+            advice.read_soon(data, *spans[number])
+            try:
+                if self._verify == "load":
+                    layout.verify_layer(data, manifest, number, spans[number])
+            except Damaged as damage:
+                self._lose(key_id, signature, damage)
+                raise self._miss(key_id) from damage
+            self._count("bytes_read", views[number].num_bytes)
+
+        def finish() -> None:
+            self._keep(key_id, signature, manifest, kv)  # from now on like one loaded at once
+
+        return KV(kv.tokens, MappedLayers(views, prove, finish))
+
+    def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:
+        if self._signature(key_id) == signature:
+            self._kept.keep(key_id, signature, kv, manifest.file_size)
+
+    def _lose(self, key_id: str, signature: Signature, damage: Damaged) -> None:
+        """Set an entry aside that was handed out before, unless other files have taken its place."""
+        if self._signature(key_id) != signature or self._lost.get(key_id) == signature:
+            return
+        self._set_aside(key_id, str(damage), signature)
+        if self._signature(key_id) == signature:
+            # A read-only store. Its header is intact: without this, who starts over would find it again.
+            self._lost[key_id] = signature
 
     def _verify_entry(self, key_id: str) -> None:
         """Prove an entry by itself: every byte, and that its content gives its name.

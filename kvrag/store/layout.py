@@ -205,14 +205,38 @@ def verify(data: torch.Tensor, manifest: Manifest) -> None:
     Raises:
         Damaged: a part differs; the message names it.
     """
-    raw, sums = data.numpy(), manifest.checksums
-    if _checksum(raw[: manifest.data_start]) != sums.header:
+    verify_frame(data, manifest)
+    for number, span in enumerate(manifest.layer_spans()):
+        verify_layer(data, manifest, number, span)
+
+
+def verify_frame(data: torch.Tensor, manifest: Manifest) -> None:
+    """Compare the bytes around the rows, header and tokens, with their checksums; touches no others.
+
+    Raises:
+        Damaged: a part differs; the message names it.
+    """
+    if _checksum(data[: manifest.data_start].numpy()) != manifest.checksums.header:
         raise Damaged("the data file's header has changed")
-    for number, (start, end) in enumerate(manifest.layer_spans()):
-        if _checksum(raw[start:end]) != sums.layers[number]:
-            raise Damaged(f"the rows of layer {number} have changed")
-    if _checksum(stored_tokens(data, manifest)) != sums.tokens:
+    if _checksum(stored_tokens(data, manifest)) != manifest.checksums.tokens:
         raise Damaged("the tokens have changed")
+
+
+def verify_layer(data: torch.Tensor, manifest: Manifest, number: int, span: tuple[int, int]) -> None:
+    """Compare the bytes of one layer with their checksum; touches no others.
+
+    Args:
+        data: the mapped file.
+        manifest: of the entry.
+        number: of the layer.
+        span: where it lies, from `Manifest.layer_spans`.
+
+    Raises:
+        Damaged: they differ.
+    """
+    start, end = span
+    if _checksum(data[start:end].numpy()) != manifest.checksums.layers[number]:
+        raise Damaged(f"the rows of layer {number} have changed")
 
 
 def stored_tokens(data: torch.Tensor, manifest: Manifest) -> bytes:

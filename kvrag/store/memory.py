@@ -20,8 +20,8 @@ class MemoryStore:
         self._hits = 0
         self._misses = 0
 
-    def get(self, key: EntryKey) -> KV:
-        """Return the rows that were put; see `KVStore.get`."""
+    def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
+        """Return the rows that were put, all at once; see `KVStore.get`."""
         with self._lock:
             kv = self._entries.get(key.id)
             if kv is None:
@@ -61,6 +61,7 @@ class MemoryStore:
                 misses=self._misses,
                 damaged=0,
                 write_failures=0,
+                bytes_read=0,
             )
 
     def check(self, *, fix: bool = False) -> CheckReport:

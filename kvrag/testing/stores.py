@@ -83,6 +83,44 @@ class KVStoreContract(ABC):
         assert_same_rows(store.get(key), kv)
         assert_same_rows(store.get(EntryKey(key.fingerprint, (1, 2, 3))), kv)
 
+    def test_get_by_layer_returns_every_bit(self, store: KVStore) -> None:
+        """Layer after layer, in any order, by slices and with fewer rows: as if it were read at once."""
+        key, kv = self.put(store, 1, 2, 3)
+        found = store.get(key, by_layer=True)
+        assert (len(found.layers), found.num_bytes) == (len(kv.layers), kv.num_bytes)
+        assert found.to(torch.device("cpu")) is found
+        first = store.get(key, by_layer=True).head(2)
+        assert first.num_bytes == kv.head(2).num_bytes
+        assert_same_rows(
+            KV(kv.tokens, tuple(found.layers[i] for i in (-1, 0))), KV(kv.tokens, kv.layers[::-1])
+        )
+        assert_same_rows(KV(kv.tokens, found.layers[:1]), KV(kv.tokens, kv.layers[:1]))
+        with pytest.raises(IndexError):
+            found.layers[len(kv.layers)]
+        assert_same_rows(found, kv)
+        assert_same_rows(first, kv.head(2))
+        assert_same_rows(first.head(1), kv.head(1))
+        assert found.num_bytes_touched == found.num_bytes
+        assert first.num_bytes_touched == first.num_bytes
+        assert_same_rows(store.get(key), kv)
+        assert_same_rows(store.get(key, by_layer=True), kv)
+
+    def test_get_by_layer_may_miss_at_once(self, store: KVStore) -> None:
+        """What is not there is a miss now, not when a layer is touched."""
+        with pytest.raises(CacheMiss):
+            store.get(EntryKey(example_fingerprint(), (1,)), by_layer=True)
+        assert store.stats().misses == 1
+
+    def test_layers_outlive_their_entry(self, store: KVStore) -> None:
+        """A layer can be touched for the first time when its entry is gone, or was put again."""
+        key, kv = self.put(store, 1, 2, 3)
+        held = store.get(key, by_layer=True)
+        store.delete(key.id)
+        assert_same_rows(KV(kv.tokens, held.layers[:1]), KV(kv.tokens, kv.layers[:1]))
+        store.put(key, kv)
+        assert_same_rows(held, kv)
+        assert_same_rows(store.get(key), kv)
+
     @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
     def test_every_element_type(self, store: KVStore, dtype: str) -> None:
         """Rows keep their type, NaN and infinity included."""
@@ -212,7 +250,7 @@ class KVStoreContract(ABC):
                 return
             store.put(key, example_rows(tokens))
             with suppress(CacheMiss):
-                assert_same_rows(store.get(key), example_rows(tokens))
+                assert_same_rows(store.get(key, by_layer=number % 2 == 0), example_rows(tokens))
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(60)))

@@ -1,0 +1,106 @@
+"""Layers that are read when they are first touched, so that what nobody touches is never read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from kvrag.segments import LayerKV, LazyLayers
+
+
+class MappedLayers(LazyLayers):
+    """Views of a mapped file, each proven once, before it is handed out for the first time.
+
+    Args:
+        views: every layer; making views touches no byte of them.
+        prove: verifies and counts one layer, or raises; it is asked again at the next touch then.
+        finish: called once all layers are proven.
+    """
+
+    def __init__(
+        self, views: tuple[LayerKV, ...], prove: Callable[[int], None], finish: Callable[[], None]
+    ) -> None:
+        self._views = views
+        self._prove = prove
+        self._finish = finish
+        self._proven = [False] * len(views)
+        self._num_bytes = sum(view.num_bytes for view in views)
+        self._num_bytes_touched = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._views)
+
+    def touch(self, number: int) -> LayerKV:
+        """Views of one layer, proven; see `LazyLayers.touch`."""
+        if not self._proven[number]:
+            with self._lock:  # a layer is counted once: whoever waits here finds it proven
+                if not self._proven[number]:
+                    self._prove(number)
+                    self._proven[number] = True
+                    self._num_bytes_touched += self._views[number].num_bytes
+                    if all(self._proven):
+                        self._finish()
+        return self._views[number]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers: shapes come from the manifest, so that no row is touched."""
+        return self._num_bytes
+
+    @property
+    def num_bytes_touched(self) -> int:
+        """Bytes of the layers proven so far."""
+        return self._num_bytes_touched
+
+    def head(self, num_tokens: int) -> LazyLayers:
+        """The first rows of every layer; touching one of them proves the layer as a whole."""
+        return FirstRows(self, self._views[0].num_tokens if self._views else 0, num_tokens)
+
+
+class FirstRows(LazyLayers):
+    """The first rows of lazy layers; sizes are those of these rows.
+
+    Args:
+        layers: the whole ones.
+        num_tokens: rows of each of them.
+        num_first: how many of these to show.
+    """
+
+    def __init__(self, layers: LazyLayers, num_tokens: int, num_first: int) -> None:
+        self._layers = layers
+        self._num_tokens = num_tokens
+        self._num_first = len(range(num_tokens)[:num_first])
+        self._views: dict[int, LayerKV] = {}
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    def touch(self, number: int) -> LayerKV:
+        """The first rows of one layer, proven; see `LazyLayers.touch`."""
+        view = self._views.get(number)
+        if view is None:
+            whole = self._layers[number]
+            view = LayerKV(whole.keys[:, : self._num_first], whole.values[:, : self._num_first])
+            self._views[number] = view
+        return view
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the first rows of all layers."""
+        return self._share(self._layers.num_bytes)
+
+    @property
+    def num_bytes_touched(self) -> int:
+        """Bytes of the first rows of the layers proven so far."""
+        return self._share(self._layers.num_bytes_touched)
+
+    def head(self, num_tokens: int) -> LazyLayers:
+        """Fewer of the first rows."""
+        return FirstRows(self, self._num_first, num_tokens)
+
+    def _share(self, num_bytes: int) -> int:
+        """What these rows are of it: all rows of a layer have the same size."""
+        return num_bytes * self._num_first // max(1, self._num_tokens)
