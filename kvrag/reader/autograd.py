@@ -18,21 +18,22 @@ from transformers import LlamaForCausalLM
 _BLOCK = 128
 
 
-def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """The residual stream after the last layer, before the final norm.
+def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> list[Tensor]:
+    """The residual stream after each layer; the last one is what the final norm reads.
 
     Args:
         model: a Llama without attention biases.
         ids: [B, T], without padding; row i stands at positions 0..T-1.
 
     Returns:
-        [B, T, d], float32.
+        [B, T, d] for each layer, float32.
     """
     config: Any = model.config
     B, T = ids.shape
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     cos, sin = _rope_tables(T, D, config.rope_parameters["rope_theta"])
     x = F.embedding(ids.reshape(-1), model.model.embed_tokens.weight)
+    after = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         h = _norm(x, layer.input_layernorm.weight, config.rms_norm_eps)
@@ -47,7 +48,8 @@ def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
         h = _norm(x, layer.post_attention_layernorm.weight, config.rms_norm_eps)
         h = _apply(_SwiGLU, _matmul(h, mlp.gate_proj.weight, mlp.up_proj.weight))
         x = x + _matmul(h, mlp.down_proj.weight)
-    return x.view(B, T, -1)
+        after.append(x.view(B, T, -1))
+    return after
 
 
 def logits(model: LlamaForCausalLM, hidden: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from kvrag.reader.world import Document, World
 # What a token counts for: nothing but language, words of an answer, or what the answer had to find.
 OTHER, WORDS, VALUE = 0, 1, 2
 
+# A token that is part of no document, or of a name itself.
+NOBODY = (-1, -1)
+
 # Questions asked of one context, by kind; those a context does not offer are left out.
-SHARES = {"one": 0.24, "crossing": 0.28, "dated": 0.12, "two_hop": 0.12, "compare": 0.1, "unknown": 0.14}
+SHARES = {"one": 0.24, "crossing": 0.3, "dated": 0.1, "two_hop": 0.12, "compare": 0.08, "unknown": 0.16}
 
 
 @dataclass(slots=True)
@@ -25,28 +28,56 @@ class Row:
         encoder: turns text into ids.
         ids: token ids.
         kinds: `OTHER`, `WORDS` or `VALUE` for each token.
+        about: for each token the two words, as ids, that name whom its document is about, or `NOBODY`.
     """
 
     encoder: Encoder
     ids: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    about: list[tuple[int, int]] = field(default_factory=list)
 
-    def text(self, text: str, kind: int = OTHER) -> None:
+    def text(self, text: str, kind: int = OTHER, about: tuple[int, int] = NOBODY) -> None:
         """Append text."""
         ids = self.encoder(text)
         self.ids += ids
         self.kinds += [kind] * len(ids)
+        self.about += [about] * len(ids)
 
     def special(self, *tokens: str, kind: int = OTHER) -> None:
         """Append special tokens."""
         self.ids += [self.encoder.special[token] for token in tokens]
         self.kinds += [kind] * len(tokens)
+        self.about += [NOBODY] * len(tokens)
 
     def system(self, text: str) -> None:
         """Begin a conversation."""
         self.special("<s>", "<|system|>")
         self.text(f" {text}")
         self.special("<|end|>")
+
+    def documents(self, documents: Iterable[Document], others: Iterable[str] = ()) -> None:
+        """Begin a conversation over these documents, and others about nobody.
+
+        The ids are those of `system(system_text(documents))`: no token reaches across a blank line.
+        """
+        self.special("<s>", "<|system|>")
+        self.text(f" {SYSTEM_DOCUMENTS}")
+        for document in documents:
+            name = self.encoder(f" {document.entity.name}")
+            about = (name[0], name[-1])
+            for i, part in enumerate(document.parts):
+                self.text(BLANK_LINE)
+                first = len(self.ids)
+                self.text(part, about=about)
+                if i == 0:
+                    self.about[first : first + len(name)] = [NOBODY] * len(name)
+        for other in others:
+            self.text(f"{BLANK_LINE}{other}")
+        self.special("<|end|>")
+
+    def cut(self, length: int) -> None:
+        """Leave out what stands behind the first tokens."""
+        self.ids, self.kinds, self.about = self.ids[:length], self.kinds[:length], self.about[:length]
 
     def turn(self, user: str, spans: Iterable[Span], *, counts: bool = True) -> None:
         """Append a user's message and its answer, which counts in the loss or does not."""
@@ -84,12 +115,12 @@ def document_row(world: World, encoder: Encoder, length: int, *, share: float) -
         average = sum(world.mix.tokens) / 2.2
         documents = world.documents(max(1, round(room * share / average)))
         hay, passkey = _hay(world, room)
-        row.system(BLANK_LINE.join((system_text(documents), *hay)))
+        row.documents(documents, hay)
         for question in (*passkey, *_mixed(world, documents)):
             row.turn(question.text, question.spans)
             if len(row.ids) >= length:
                 break
-    row.ids, row.kinds = row.ids[:length], row.kinds[:length]
+    row.cut(length)
     return row
 
 
@@ -125,5 +156,5 @@ def chat_row(world: World, encoder: Encoder, length: int) -> Row:
                 row.turn(turn.user, [Span(turn.assistant)], counts=False)
             else:
                 row.turn(turn.user, turn.question.spans)
-    row.ids, row.kinds = row.ids[:length], row.kinds[:length]
+    row.cut(length)
     return row

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import LlamaForCausalLM
 
 from kvrag.reader import autograd, rows, start, tokenizer
+from kvrag.reader.about import About
 from kvrag.reader.muon import Muon
 from kvrag.reader.world import Mix, World
 
@@ -58,6 +60,8 @@ class Stage:
         decay_share: last share of the time, in which the learning rates fall to `final`.
         final: factor of the learning rates at the end.
         language: weight of the tokens that are not answers.
+        about: weight of the auxiliary task.
+        opening: weight of an answer's first word, which says whether there is an answer; of a value it is 1.
         seed: of this stage's rows.
         processes: data-parallel processes of one thread each.
         earlier: folder of an earlier reader to start from; only without a checkpoint.
@@ -76,6 +80,8 @@ class Stage:
     decay_share: float = 0.0
     final: float = 0.0
     language: float = 0.1
+    about: float = 0.2
+    opening: float = 2.0
     seed: int = 0
     processes: int = 2
     earlier: Path | None = None
@@ -106,6 +112,8 @@ def _parse() -> Stage:
         "decay_share",
         "final",
         "language",
+        "about",
+        "opening",
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--lengths", type=int, nargs="+")
@@ -141,11 +149,12 @@ class _Sums:
     language_loss: float = 0.0
     right: float = 0.0
     right_values: float = 0.0
+    about: float = 0.0
 
     def means(self) -> dict[str, float]:
         return {
             name: round(getattr(self, name) / self.steps, 4)
-            for name in ("answer_loss", "language_loss", "right", "right_values")
+            for name in ("answer_loss", "language_loss", "right", "right_values", "about")
         }
 
 
@@ -171,13 +180,14 @@ class Trainer:
         self.model = self._model()
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
+        torch.manual_seed(0)  # the same in all processes
+        self.about = About(self.model.config.hidden_size)
         rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.parameters = [*self.model.parameters(), *self.about.parameters()]
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
             (Muon(matrices, lr=stage.muon_lr), stage.muon_lr),
-            (
-                torch.optim.AdamW(rest, stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                stage.adam_lr,
-            ),
+            (_adam(rest, stage.adam_lr), stage.adam_lr),
+            (_adam(self.about.parameters(), stage.adam_lr), stage.adam_lr),
         ]
         self._load()
         seed = 1000 * (stage.seed + 1) + 7919 * self.progress.steps + rank
@@ -205,18 +215,23 @@ class Trainer:
 
     def _step(self, factor: float, sums: _Sums) -> float:
         """Train one batch and return the share of the stage's time that is over."""
-        ids, kinds = self._batch()
-        hidden = autograd.hidden_states(self.model, ids)[:, :-1]
+        ids, kinds, about = self._batch()
+        after = autograd.hidden_states(self.model, ids)
         target, kind = ids[:, 1:], kinds[:, 1:]
         chosen = (kind != rows.OTHER) | (torch.rand(kind.shape) < 0.06)
+        opens = (ids[:, :-1] == self.encoder.special["<|assistant|>"])[chosen]
         target, kind, before = target[chosen], kind[chosen], kinds[:, :-1][chosen]
-        logits = autograd.logits(self.model, hidden[chosen])
+        logits = autograd.logits(self.model, after[-1][:, :-1][chosen])
         losses = F.cross_entropy(logits, target, reduction="none")
         answer = kind != rows.OTHER
-        weight = torch.where(kind == rows.VALUE, 1.0, 0.3)[answer]
+        weight = torch.where(kind == rows.VALUE, torch.where(opens, self.stage.opening, 1.0), 0.3)[answer]
         answer_loss = (losses[answer] * weight).sum() / weight.sum().clamp(min=1)
         language_loss = losses[~answer].mean()
-        torch.autograd.backward(answer_loss + self.stage.language * language_loss)
+        embeddings = self.model.model.embed_tokens.weight
+        about_loss, right_names = self.about(after, about, embeddings)
+        torch.autograd.backward(
+            answer_loss + self.stage.language * language_loss + self.stage.about * about_loss
+        )
         now = (time.time() - self.began) / (self.deadline - self.began)
         now = self._share_gradients(now)
         for optimiser, lr in self.optimisers:
@@ -231,16 +246,18 @@ class Trainer:
         sums.language_loss += language_loss.item()
         sums.right += _mean(right[answer])
         sums.right_values += _mean(right[found])
+        sums.about += right_names
         self.progress.steps += 1
         self.progress.tokens += ids.numel() * self.stage.processes
         return now
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         # The same length in all processes, or one would wait for the other.
         length = random.Random(self.progress.steps).choice(self.stage.lengths)
         num = max(1, round(self.stage.batch_tokens / length / self.stage.processes))
         drawn = [self._row(length) for _ in range(num)]
-        return torch.tensor([row.ids for row in drawn]), torch.tensor([row.kinds for row in drawn])
+        ids, kinds, about = zip(*((row.ids, row.kinds, row.about) for row in drawn), strict=True)
+        return torch.tensor(ids), torch.tensor(kinds), torch.tensor(about)
 
     def _row(self, length: int) -> rows.Row:
         stage, rng = self.stage, self.rng
@@ -269,7 +286,9 @@ class Trainer:
 
     def _share_gradients(self, now: float) -> float:
         """Average the gradients, and the clocks, of all processes."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([now])])
         dist.all_reduce(flat)
         flat /= self.stage.processes
@@ -307,6 +326,8 @@ class Trainer:
             told = json.loads(file.metadata()["training"])
         weights = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         self.model.load_state_dict(weights, strict=False)  # the tied output is not stored twice
+        with torch.no_grad():
+            self.about.projections.copy_(state["about.projections"])
         for i, (optimiser, _) in enumerate(self.optimisers):
             moments: dict[int, dict[str, Tensor]] = {}
             for name, tensor in state.items():
@@ -321,6 +342,7 @@ class Trainer:
         """Write the checkpoint and a folder that transformers can load."""
         progress = self.progress
         state = {f"model.{name}": tensor for name, tensor in self.model.named_parameters()}
+        state |= {f"about.{name}": tensor for name, tensor in self.about.named_parameters()}
         groups = []
         for i, (optimiser, _) in enumerate(self.optimisers):
             saved = optimiser.state_dict()
@@ -343,6 +365,10 @@ class Trainer:
         export(self.model, self.tokenizer, self.stage.run / "model")
         (self.stage.run / "learning_curve.json").write_text(json.dumps(progress.curve, indent=0))
         self.saved = time.time()
+
+
+def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
 def _mean(x: Tensor) -> float:

@@ -2,8 +2,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvrag import reader
-from kvrag.reader import autograd, start, tokenizer
+from kvrag.reader import autograd, rows, start, tokenizer
+from kvrag.reader.about import About
 from kvrag.reader.muon import Muon, orthogonalised
+from kvrag.reader.world import World
 
 
 def tiny():
@@ -34,7 +36,7 @@ def test_fast_forward_and_backward_agree_with_transformers():
     model = tiny()
     ids = torch.randint(0, 300, (2, 300))
     expected = model(ids).logits
-    hidden = autograd.hidden_states(model, ids)
+    hidden = autograd.hidden_states(model, ids)[-1]
     got = autograd.logits(model, hidden.view(-1, 64)).view(2, 300, -1)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     for ours, theirs in zip(gradients(model, got), gradients(model, expected), strict=True):
@@ -97,3 +99,39 @@ def test_training_goes_on_from_the_shipped_reader():
     again = start.from_earlier(reader.path(), tokenizer.build())
     ids = torch.arange(10, 40)[None]
     torch.testing.assert_close(again(ids).logits, shipped(ids).logits)
+
+
+def test_a_row_of_documents_is_the_system_message_and_knows_whom_it_is_about():
+    world = World(3, held_out=False)
+    encoder = tokenizer.Encoder(tokenizer.build())
+    documents = world.documents(4)
+    plain, marked = rows.Row(encoder), rows.Row(encoder)
+    plain.system(rows.system_text(documents))
+    marked.documents(documents)
+    assert marked.ids == plain.ids
+    assert marked.kinds == plain.kinds
+    assert len(marked.about) == len(marked.ids)
+    for document in documents:
+        name = tuple(encoder(f" {document.entity.name}"))
+        counted = sum(len(encoder(part)) for part in document.parts) - len(name)
+        assert marked.about.count(name) == counted  # every word but the title's
+
+
+def test_whom_a_word_is_about_can_be_learned():
+    torch.manual_seed(0)
+    embeddings = torch.randn(30, 16)
+    names = torch.randint(0, 30, (1, 40, 2))
+    about = torch.where(torch.rand(1, 40, 1) < 0.3, -1, names)
+    after = [torch.cat([embeddings[names[..., 0]], embeddings[names[..., 1]]], -1)] * 4
+    task = About(32)
+    task.projections = torch.nn.Parameter(torch.randn(len(task.projections), 2, 32, 16) / 6)
+    optimiser = torch.optim.Adam(task.parameters(), lr=0.02)
+    first = task(after, about, embeddings)[0].item()
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss, right = task(after, about, embeddings)
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.3 * first
+    assert right > 0.9
+    assert task(after, torch.full_like(about, -1), embeddings) == (0.0, 0.0)
