@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrag_kernels import RowMask, Rows, Turn, segment_attention, segment_attention_reference
-from kvrag_kernels.segment_attention import Group, column_mass, columns
+from kvrag_kernels.segment_attention import Group, column_mass, columns, part_mass
 from kvrag_kernels.segment_attention.reference import turn_query, visible
 
 SCALE, DIM = 0.4, 8
@@ -175,3 +175,35 @@ def test_takes_one_sequence_and_a_row_to_start_from() -> None:
     for from_row in (5, -1):
         with pytest.raises(ValueError, match=r"from_row must lie in 0\.\.4"):
             column_mass(inputs.query, rows, None, mass, scale=SCALE, from_row=from_row)
+
+
+@pytest.mark.parametrize("cells", [columns._CELLS, 1], ids=["whole", "row by row"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.group is None])
+def test_runs_of_columns_get_what_their_columns_get(
+    name: str, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "_CELLS", cells)
+    case = CASES[name]
+    inputs = _inputs(case)
+    attended = segment_attention(
+        inputs.query, inputs.segments, inputs.turn, scale=SCALE, softcap=case.softcap, sinks=inputs.sinks
+    )
+    from_row = case.rows // 2
+    for i, expected in enumerate(_dense(inputs, case)):
+        n = inputs.segments[i].keys.shape[2]
+        parts = [(0, n // 2), (n // 2, n), (n, n + 5)]
+        got = part_mass(
+            inputs.query,
+            inputs.segments[i],
+            inputs.turn_of(i),
+            attended.mass[i],
+            parts,
+            scale=SCALE,
+            softcap=case.softcap,
+            from_row=from_row,
+        )
+        assert got.shape == (3, 1, case.heads, case.rows)
+        assert not got[..., :from_row].any()
+        for (first, end), found in zip(parts, got, strict=True):
+            wanted = expected[:, from_row:, first:end].sum(-1).float()
+            torch.testing.assert_close(found[0, :, from_row:], wanted, rtol=1e-4, atol=1e-6)

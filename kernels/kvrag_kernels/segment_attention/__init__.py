@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels.segment_attention import cpu
-from kvrag_kernels.segment_attention.columns import column_mass
+from kvrag_kernels.segment_attention.columns import column_mass, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.parted import parted_attention
 from kvrag_kernels.segment_attention.reference import segment_attention_reference
@@ -25,6 +25,7 @@ __all__ = [
     "Rows",
     "Turn",
     "column_mass",
+    "part_mass",
     "parted_attention",
     "segment_attention",
     "segment_attention_cpu",
