@@ -41,8 +41,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrag.attention import FreshRows
 from kvrag.errors import UnsupportedModel
+from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.prefill import encode, read
 from kvrag.segments import Segment, SegmentTable

@@ -25,10 +25,10 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag import backbone
-from kvrag.attention import FreshRows
 from kvrag.baseline import OrdinaryAnswer, ordinary_answer
 from kvrag.config import Sampling
-from kvrag.decode import choice, steps
+from kvrag.decode import Behind, choice, steps
+from kvrag.fresh import FreshRows
 from kvrag.model import Model, quiet
 from kvrag.prefill import Read, encode, read
 from kvrag.segments import Segment, SegmentTable
@@ -157,7 +157,9 @@ class Bench:
         """Seconds per token of `count` tokens behind the first, as the engine decodes."""
         prompt = self.prompt
         chosen = choice(self.model, self.prompt, Sampling(max_new_tokens=count + 1, ignore_eos=True))
-        tokens = steps(self.model, table, fresh, prompt, last, chosen, position=len(prompt))
+        behind = Behind(table.seen_from(fresh.num_rows), fresh, self.model.specs)
+        documents = tuple(s.document for s in table)
+        tokens = steps(self.model, behind, prompt, last, documents, chosen, position=len(prompt))
         next(tokens)
         return timed(lambda: list(tokens), self.model.device) / count
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvrag.errors import StoreError as StoreError
     from kvrag.errors import StoreWriteError as StoreWriteError
     from kvrag.errors import UnsupportedModel as UnsupportedModel
+    from kvrag.focus.policy import Policy as Policy
     from kvrag.index import Index as Index
     from kvrag.matching import ChunkMatcher as ChunkMatcher
     from kvrag.model import Model as Model
@@ -77,6 +78,7 @@ __all__ = [
     "MemoryStore",
     "MissingExtra",
     "Model",
+    "Policy",
     "PromptPlan",
     "RagPrompt",
     "Sampling",
@@ -96,6 +98,7 @@ _ROOMS = {
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
         DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
         MissingExtra StoreError StoreWriteError UnsupportedModel""",
+    "focus.policy": "Policy",
     "index": "Index",
     "matching": "ChunkMatcher",
     "model": "Model",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvrag.citations import Span
+from kvrag.focus.risk import Risk
 from kvrag.plan import PromptPlan
 
 FinishReason = Literal["stop", "length"]
@@ -21,6 +23,10 @@ class DocumentUse:
         mass: its share of the attention, while the answer's tokens were chosen, mean over layers and heads.
         focus: its share among the documents of squared attention: where heads that look at one place look.
             Says better than `mass` which document an answer rests on.
+        question_mass: as `mass`, while the question was read.
+        dropped_at: first layer of the question's reading that did not read it any more; None: all did.
+        is_read: the answer's tokens read it; without a second look the same as not dropped.
+        span: the place in it that was looked at most, for the best documents of a policy with `spans`.
     """
 
     key: str
@@ -28,6 +34,10 @@ class DocumentUse:
     is_hit: bool
     mass: float
     focus: float
+    question_mass: float = 0.0
+    dropped_at: int | None = None
+    is_read: bool = True
+    span: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +48,22 @@ class Usage:
         prompt_tokens: the whole prompt.
         cached_tokens: of those, how many came from prebuilt rows.
         new_tokens: tokens of the answer, the end mark included.
+        recomputed_tokens: of the documents' tokens that came from prebuilt rows, how many were read again.
+        cached_bytes: bytes of all documents' prebuilt rows.
+        read_bytes: of those, how many were read: documents dropped at a layer are not read below it.
     """
 
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    recomputed_tokens: int = 0
+    cached_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def read_tokens(self) -> int:
         """Prompt tokens that the model had to read."""
-        return self.prompt_tokens - self.cached_tokens
+        return self.prompt_tokens - self.cached_tokens + self.recomputed_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,9 @@ class Answer:
         usage: token counts.
         timing: seconds.
         plan: which parts of the prompt were read and which came from caches.
+        policy: name of the policy.
+        risk: signs that full attention might have answered otherwise.
+        in_full: the documents were read in full because the risk was above the policy's limit.
     """
 
     text: str
@@ -90,3 +109,6 @@ class Answer:
     usage: Usage
     timing: Timing
     plan: PromptPlan
+    policy: str = "plain"
+    risk: Risk | None = None
+    in_full: bool = False

@@ -2,118 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from kvrag.backbone import AttentionCall
 from kvrag.errors import UnsupportedModel
+from kvrag.fresh import FreshRows
 from kvrag.rotary import LayerSpec, rotate
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
-from kvrag_kernels import RowMask, Rows, Turn, parted_attention, segment_attention
-
-
-class FreshRows:
-    """Keys and values of the tokens read in this request, layer by layer, at their own positions.
-
-    Keys are rotated at their absolute positions. Buffers grow by doubling, so a decode step copies nothing.
-
-    Attributes:
-        positions: of all rows.
-        borders: [S], int64: where the rows that were copied from each segment of a table end; None if none
-            were.
-    """
-
-    def __init__(self, num_layers: int, *, reserve: int = 64) -> None:
-        """Make room for `reserve` tokens per layer; more is made when needed."""
-        self.positions: list[int] = []
-        self.borders: torch.Tensor | None = None
-        self._reserve = reserve
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-        self._counts = [0] * num_layers
-
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add rows to one layer and return all of its rows.
-
-        Args:
-            layer: number of the layer.
-            keys: [1, K, T, D], rotated.
-            values: [1, K, T, Dv].
-
-        Returns:
-            [1, K, n, D] and [1, K, n, Dv], views that stay valid until the next append.
-        """
-        start = self._counts[layer]
-        end = start + keys.shape[2]
-        buffers = self._buffers[layer]
-        if buffers is None or buffers[0].shape[2] < end:
-            buffers = self._grow(buffers, keys, values, start, max(end + self._reserve, 2 * start))
-            self._buffers[layer] = buffers
-        buffers[0][:, :, start:end] = keys
-        buffers[1][:, :, start:end] = values
-        self._counts[layer] = end
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the first layer."""
-        return self._counts[0]
-
-    def behind(self, table: SegmentTable, specs: Sequence[LayerSpec]) -> FreshRows:
-        """These rows behind a copy of the table's, all in one run per layer, keys turned to their places.
-
-        One run is attended to in one call; worth its copy once many tokens are decoded over the same table.
-        Every layer has to read every segment. The copy remembers in `borders` where each segment's rows end.
-        """
-        merged = FreshRows(len(specs), reserve=self._reserve)
-        ends = list(accumulate(s.kv.num_tokens for s in table))
-        device = table.segments[0].kv.layers[0].keys.device
-        merged.borders = torch.tensor(ends, device=device)
-        merged.positions = [p for s in table for p in range(s.target, s.end)] + self.positions
-        turns = {spec: _turns(spec, table) for spec in dict.fromkeys(specs)}
-        total = table.num_tokens + self.num_rows
-        for layer, spec in enumerate(specs):
-            own = self._buffers[layer]
-            if own is None:
-                raise ValueError("nothing was read yet")
-            keys, values = self._grow(None, own[0], own[1], 0, total + self._reserve)
-            at = 0
-            for segment, turn in zip(table, turns[spec], strict=True):
-                kv, end = segment.kv.layers[layer], at + segment.kv.num_tokens
-                keys[0, :, at:end] = rotate(kv.keys[None], turn)[0]
-                values[0, :, at:end] = kv.values
-                at = end
-            keys[:, :, at:total] = own[0][:, :, : self.num_rows]
-            values[:, :, at:total] = own[1][:, :, : self.num_rows]
-            merged._buffers[layer] = (keys, values)
-            merged._counts[layer] = total
-        return merged
-
-    @staticmethod
-    def _grow(
-        old: tuple[torch.Tensor, torch.Tensor] | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        used: int,
-        capacity: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        new_keys = keys.new_empty((*keys.shape[:2], capacity, keys.shape[3]))
-        new_values = values.new_empty((*values.shape[:2], capacity, values.shape[3]))
-        if old is not None:
-            new_keys[:, :, :used] = old[0][:, :, :used]
-            new_values[:, :, :used] = old[1][:, :, :used]
-        return new_keys, new_values
-
-
-def _turns(spec: LayerSpec, table: SegmentTable) -> list[Turn | None]:
-    """How each segment's keys are turned from where they lie to where they appear: one angle for all rows."""
-    if spec.rotation is None:
-        return [None] * len(table)
-    return [spec.rotation.turn(torch.tensor([s.target], device=s.kv.layers[0].keys.device)) for s in table]
+from kvrag_kernels import (
+    Group,
+    RowMask,
+    Rows,
+    Turn,
+    column_mass,
+    part_mass,
+    parted_attention,
+    segment_attention,
+)
 
 
 class _Layout:
@@ -129,14 +38,21 @@ class _Layout:
             self.turn = spec.rotation.turn(positions[None] - targets[:, None])
         self.own_turn = _last(self.turn)
         self.spans = [_span(s, spec.window, positions) for s in segments]
+        self.grouped = [s.document is not None for s in segments]
         self.is_causal = not fresh and spec.window is None and len(positions) > 1
         self.fresh_mask = None if self.is_causal else _fresh_mask(spec.window, positions, fresh)
 
     def rows(self, kvs: Sequence[LayerKV], fresh: tuple[torch.Tensor, torch.Tensor]) -> list[Rows]:
         """This layer's rows, nothing copied."""
         placed = [
-            Rows(kv.keys[None, :, start:], kv.values[None, :, start:], first_row=first, mask=mask)
-            for kv, (start, first, mask) in zip(kvs, self.spans, strict=True)
+            Rows(
+                kv.keys[None, :, start:],
+                kv.values[None, :, start:],
+                first_row=first,
+                mask=mask,
+                in_group=group,
+            )
+            for kv, (start, first, mask), group in zip(kvs, self.spans, self.grouped, strict=True)
         ]
         placed.append(Rows(*fresh, mask=self.fresh_mask, causal=self.is_causal))
         return placed
@@ -144,22 +60,49 @@ class _Layout:
 
 def _last(turn: Turn | None) -> Turn | None:
     """The turn for the last segment alone."""
-    return turn and Turn(turn.cos[-1:], turn.sin[-1:], turn.start, turn.interleaved)
+    return turn and _turn_of(turn, len(turn.cos) - 1)
+
+
+def _turn_of(turn: Turn, i: int) -> Turn:
+    """The turn for one segment."""
+    return Turn(turn.cos[i : i + 1], turn.sin[i : i + 1], turn.start, turn.interleaved)
 
 
 def _span(segment: Segment, window: int | None, positions: torch.Tensor) -> tuple[int, int, RowMask | None]:
-    """First column that is read, first query row that reads, and the mask where a window cuts through."""
+    """First column that is read, first query row that reads, and the mask where more is hidden.
+
+    Hidden are columns that a window has left behind, rows that fresh ones stand for, and, to those fresh
+    rows, what comes after their own place.
+    """
     first = min(segment.first_row, positions.shape[0])
-    if window is None or first >= positions.shape[0]:
+    if first >= positions.shape[0]:
         return 0, first, None
-    hidden = (positions[first:] - segment.target - window + 1).clamp_min(
-        0
-    )  # columns before this are too far back
-    start = min(int(hidden.min()), segment.kv.num_tokens)
-    if int(hidden.max()) <= start:
+    start = _num_leading(segment.hidden)
+    seen_from = None
+    if window is not None:
+        # columns before this are too far back
+        seen_from = (positions[first:] - segment.target - window + 1).clamp_min(0)
+        start = min(max(start, int(seen_from.min())), segment.kv.num_tokens)
+        if int(seen_from.max()) <= start:
+            seen_from = None
+    hidden = [i - start for i in segment.hidden if i >= start]
+    if seen_from is None and not hidden and not segment.standing:
         return start, first, None
     columns = torch.arange(start, segment.kv.num_tokens, device=positions.device)
-    return start, first, RowMask(columns[None] >= hidden[:, None])
+    allowed = torch.ones(len(positions) - first, len(columns), dtype=torch.bool, device=positions.device)
+    if seen_from is not None:
+        allowed &= columns[None] >= seen_from[:, None]
+    if hidden:
+        allowed[:, hidden] = False
+    if segment.standing:
+        own = segment.hidden[len(segment.hidden) - segment.standing :][: len(positions) - first]
+        allowed[: len(own)] &= columns[None] < torch.tensor(own, device=positions.device)[:, None]
+    return start, first, RowMask(allowed)
+
+
+def _num_leading(hidden: Sequence[int]) -> int:
+    """How many of the first rows are hidden without a gap."""
+    return next((i for i, row in enumerate(hidden) if row != i), len(hidden))
 
 
 def _fresh_mask(window: int | None, positions: torch.Tensor, earlier: Sequence[int]) -> RowMask | None:
@@ -176,6 +119,93 @@ def _fresh_mask(window: int | None, positions: torch.Tensor, earlier: Sequence[i
     return RowMask(allowed)
 
 
+class Tables(Protocol):
+    """The table that each layer reads, which may depend on what the layers before looked at.
+
+    All tables of one reading have the same segments in the same order; targets and `until_layer` may differ.
+    """
+
+    def at(self, layer: int) -> SegmentTable:
+        """What layer `layer` reads; asked for once per layer, in order."""
+        ...
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        """Take what layer `layer` looked at.
+
+        Args:
+            layer: number of the layer.
+            mass: [S, T], float32, see `TableReading`.
+            focus: [S, T], float32.
+        """
+        ...
+
+
+class Fixed:
+    """One table for all layers."""
+
+    def __init__(self, table: SegmentTable) -> None:
+        self._table = table
+
+    def at(self, layer: int) -> SegmentTable:
+        """The table."""
+        return self._table
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        """Nothing depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looking:
+    """How documents are attended to, beside where they stand.
+
+    Attributes:
+        group: temperature and scale of the attention to all documents together (APE); None for none.
+        column_layers: layers for which the attention to every single row is wanted.
+        from_row: first fresh row that counts for it.
+    """
+
+    group: Group | None = None
+    column_layers: frozenset[int] = frozenset()
+    from_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One segment's part in the attention of a layer, for looking at it closely."""
+
+    call: AttentionCall
+    rows: Rows
+    turn: Turn | None
+    mass: torch.Tensor
+    scale: float
+
+    def columns(self, from_row: int, temperature: float = 1.0) -> torch.Tensor:
+        """Attention to each row, [n]."""
+        return column_mass(
+            self.call.query,
+            self.rows,
+            self.turn,
+            self.mass,
+            scale=self.scale,
+            softcap=self.call.softcap,
+            temperature=temperature,
+            from_row=from_row,
+        )
+
+    def masses(self, parts: Sequence[tuple[int, int]], from_row: int) -> torch.Tensor:
+        """Attention to runs of rows, [P, 1, H, T]."""
+        return part_mass(
+            self.call.query,
+            self.rows,
+            self.turn,
+            self.mass,
+            parts,
+            scale=self.scale,
+            softcap=self.call.softcap,
+            from_row=from_row,
+        )
+
+
 class TableReading:
     """Reads fresh tokens over a segment table (see `kvrag.backbone.Reading`).
 
@@ -185,31 +215,36 @@ class TableReading:
             the layer does not read. Empty without segments.
         focus: the same for squared masses, mean over heads: heads that look at one place count, heads
             that look everywhere hardly do.
+        columns: per wanted layer and document segment [n], float32: attention to each of the segment's rows,
+            mean over heads and counted fresh rows; hidden rows and segments not read have zeros.
     """
 
     def __init__(
         self,
         specs: Sequence[LayerSpec],
-        table: SegmentTable,
+        tables: Tables,
         fresh: FreshRows,
         positions: Sequence[int],
         *,
         device: torch.device,
+        looking: Looking | None = None,
     ) -> None:
         """Place `positions` (strictly in prompt order) behind what `fresh` already holds."""
-        self.specs, self.table, self.fresh = specs, table, fresh
+        self.specs, self.tables, self.fresh = specs, tables, fresh
+        self.looking = looking or Looking()
+        self.columns: dict[int, list[torch.Tensor]] = {}
         self.positions = torch.tensor(list(positions), dtype=torch.long, device=device)
         self.mass: list[torch.Tensor] = []
         self.focus: list[torch.Tensor] = []
-        self._layouts: dict[tuple[LayerSpec, tuple[int, ...]], _Layout] = {}
+        self._layouts: dict[tuple[LayerSpec, tuple[tuple[int, int], ...]], _Layout] = {}
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Rotate and keep the fresh keys, then attend to segments and fresh rows."""
-        spec = self.specs[layer]
-        read = tuple(i for i, s in enumerate(self.table) if s.is_read_by(layer))
-        layout = self._layout(spec, read)
+        spec, table = self.specs[layer], self.tables.at(layer)
+        read = tuple(i for i, s in enumerate(table) if s.is_read_by(layer))
+        layout = self._layout(spec, table, read)
         keys = rotate(call.key, layout.own_turn)
-        kvs = [self.table.segments[i].kv.layers[layer] for i in read]
+        kvs = [table.segments[i].kv.layers[layer] for i in read]
         rows = layout.rows(kvs, self.fresh.append(layer, keys, call.value))
         scale = call.scale * spec.score_factor(call.query.dtype)
         if self.fresh.borders is not None:
@@ -222,32 +257,73 @@ class TableReading:
                 softcap=call.softcap,
                 sinks=call.sinks,
             )
-            self._note(attended.mass[:, 0], read)
+            self._note(layer, attended.mass[:, 0], range(len(self.fresh.borders)), len(self.fresh.borders))
             return attended.out
         attended = segment_attention(
-            call.query, rows, layout.turn, scale=scale, softcap=call.softcap, sinks=call.sinks
+            call.query,
+            rows,
+            layout.turn,
+            scale=scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            group=self.looking.group,
         )
-        if len(self.table):
-            self._note(attended.mass[:-1, 0], read)
+        mass = attended.mass
+        own = _Part(call, rows[-1], layout.own_turn, mass[-1], scale)
+        standing = {i: span for place, i in enumerate(read) if (span := self._standing(table.segments[i]))}
+        if standing and self.looking.from_row < call.query.shape[2]:
+            places = [place for place, i in enumerate(read) if i in standing]
+            mass[places] += own.masses(list(standing.values()), self.looking.from_row)
+        if len(table):
+            self._note(layer, mass[:-1, 0], read, len(table))
+        if layer in self.looking.column_layers:
+            parts = [
+                _Part(call, rows[place], layout.turn and _turn_of(layout.turn, place), mass[place], scale)
+                for place in range(len(read))
+            ]
+            self.columns[layer] = self._columns(table, read, parts, own, standing)
         return attended.out
 
-    def _note(self, mass: torch.Tensor, read: tuple[int, ...]) -> None:
+    def _standing(self, segment: Segment) -> tuple[int, int] | None:
+        """The fresh rows that stand for hidden ones of a segment, as far as they were read."""
+        start = None if segment.document is None else self.fresh.standing.get(segment.document)
+        return None if start is None or not segment.hidden else (start, start + len(segment.hidden))
+
+    def _note(self, layer: int, mass: torch.Tensor, read: Sequence[int], num_segments: int) -> None:
         """Keep a layer's masses, [S, H, T] of the segments that it read."""
-        self.mass.append(self._spread(mass.mean(1), read))
-        self.focus.append(self._spread(mass.square().mean(1), read))
+        self.mass.append(_spread(mass.mean(1), read, num_segments))
+        self.focus.append(_spread(mass.square().mean(1), read, num_segments))
+        self.tables.note(layer, self.mass[-1], self.focus[-1])
 
-    def _spread(self, mass: torch.Tensor, read: tuple[int, ...]) -> torch.Tensor:
-        if len(read) == len(self.table):
-            return mass
-        full = mass.new_zeros((len(self.table), mass.shape[1]))
-        full[list(read)] = mass
-        return full
+    def _columns(
+        self,
+        table: SegmentTable,
+        read: Sequence[int],
+        parts: Sequence[_Part],
+        own: _Part,
+        standing: Mapping[int, tuple[int, int]],
+    ) -> list[torch.Tensor]:
+        """Attention to every row of every segment, [n] each."""
+        group, from_row = self.looking.group, self.looking.from_row
+        found = [own.mass.new_zeros(s.kv.num_tokens) for s in table]
+        fresh = own.columns(from_row) if standing else None
+        for part, i in zip(parts, read, strict=True):
+            segment = table.segments[i]
+            if segment.document is None:
+                continue
+            seen = part.columns(from_row, group.temperature if group else 1.0)
+            found[i][len(found[i]) - len(seen) :] = seen  # leading rows may have been left out
+            if fresh is not None and i in standing:
+                start, end = standing[i]
+                found[i][list(segment.hidden)] = fresh[start:end]
+        return found
 
-    def _layout(self, spec: LayerSpec, read: tuple[int, ...]) -> _Layout:
-        if (spec, read) not in self._layouts:
-            segments = [self.table.segments[i] for i in read]
-            self._layouts[spec, read] = _Layout(spec, segments, self.positions, self.fresh.positions)
-        return self._layouts[spec, read]
+    def _layout(self, spec: LayerSpec, table: SegmentTable, read: tuple[int, ...]) -> _Layout:
+        segments = [table.segments[i] for i in read]
+        key = (spec, tuple((i, s.target) for i, s in zip(read, segments, strict=True)))
+        if key not in self._layouts:
+            self._layouts[key] = _Layout(spec, segments, self.positions, self.fresh.positions)
+        return self._layouts[key]
 
     def mask(self, predicate: Any) -> Any:
         """The layers get no mask: who sees what is decided here."""
@@ -256,6 +332,15 @@ class TableReading:
     def take_mask(self, layer: int, mask: Any) -> None:
         """Refuse a mask that the modelling code made by itself."""
         _refuse_mask(layer, mask)
+
+
+def _spread(mass: torch.Tensor, read: Sequence[int], num_segments: int) -> torch.Tensor:
+    """[S, T] with zeros for segments that were not read."""
+    if len(read) == num_segments:
+        return mass
+    full = mass.new_zeros((num_segments, mass.shape[1]))
+    full[list(read)] = mass
+    return full
 
 
 class EncodeReading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvrag.errors import CacheMiss, StoreWriteError
 from kvrag.model import Model
@@ -16,6 +17,7 @@ from kvrag.store.key import EntryKey, Fingerprint
 logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
+_MAX_PREFIXES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +52,72 @@ class Caches:
     def fingerprint(self, prefix: Tokens) -> Fingerprint:
         """What entries behind a prefix depend on."""
         if prefix not in self._fingerprints:
+            _make_room(self._fingerprints)
             self._fingerprints[prefix] = self.model.fingerprint(prefix)
         return self._fingerprints[prefix]
 
-    def prefix(self, tokens: Tokens) -> KV | None:
+    def prefix(self, tokens: Tokens, *, keep: bool = True) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""
         if not tokens:
             return None
-        if tokens not in self._prefixes:
-            (self._prefixes[tokens],) = encode(self.model, [tokens], token_budget=self.token_budget)
-        return self._prefixes[tokens]
+        if tokens in self._prefixes:
+            return self._prefixes[tokens]
+        (kv,) = encode(self.model, [tokens], token_budget=self.token_budget)
+        if keep:
+            _make_room(self._prefixes)
+            self._prefixes[tokens] = kv
+        return kv
 
-    def documents(self, prefix: Tokens, texts: Sequence[Tokens]) -> list[Loaded]:
+    def documents(
+        self,
+        prefix: Tokens,
+        texts: Sequence[Tokens],
+        *,
+        contexts: Sequence[Tokens] | None = None,
+        by_layer: bool = False,
+    ) -> list[Loaded]:
         """Rows of texts behind a prefix, in order; a text that comes twice is loaded once.
 
         Args:
             prefix: tokens that the texts are encoded behind.
             texts: tokens of each text.
+            contexts: for each text, tokens that it is encoded behind beside the prefix; None: nothing.
+            by_layer: load and prove each layer when it is first read; damage then raises `CacheMiss` there.
         """
-        fingerprint = self.fingerprint(prefix)
-        found: dict[Tokens, Loaded] = {}
-        for tokens in dict.fromkeys(texts):
-            kv = self._get(EntryKey(fingerprint, tokens))
+        wanted = list(zip(contexts or [()] * len(texts), texts, strict=True))
+        found: dict[tuple[Tokens, Tokens], Loaded] = {}
+        for context, tokens in dict.fromkeys(wanted):
+            kv = self._get(EntryKey(self.fingerprint(prefix + context), tokens), by_layer=by_layer)
             if kv is not None:
-                found[tokens] = Loaded(kv, is_hit=True)
-        missing = [tokens for tokens in dict.fromkeys(texts) if tokens not in found]
-        for kv in self.encode(prefix, missing):
-            self._put(EntryKey(fingerprint, kv.tokens), kv)
-            found[kv.tokens] = Loaded(kv, is_hit=False)
-        return [found[tokens] for tokens in texts]
+                found[context, tokens] = Loaded(kv, is_hit=True)
+        missing: dict[Tokens, list[Tokens]] = {}
+        for context, tokens in dict.fromkeys(wanted):
+            if (context, tokens) not in found:
+                missing.setdefault(context, []).append(tokens)
+        for context, group in missing.items():
+            for kv in self.encode(prefix + context, group, keep=not context):
+                self._put(EntryKey(self.fingerprint(prefix + context), kv.tokens), kv)
+                found[context, kv.tokens] = Loaded(kv, is_hit=False)
+        return [found[pair] for pair in wanted]
 
-    def encode(self, prefix: Tokens, texts: Sequence[Tokens]) -> list[KV]:
-        """Read texts behind a prefix, without looking at the store."""
-        return encode(self.model, texts, self.prefix(prefix), token_budget=self.token_budget) if texts else []
+    def encode(self, prefix: Tokens, texts: Sequence[Tokens], *, keep: bool = True) -> list[KV]:
+        """Read texts behind a prefix, without looking at the store.
 
-    def _get(self, key: EntryKey) -> KV | None:
+        Args:
+            prefix: tokens that the texts are encoded behind.
+            texts: tokens of each text.
+            keep: remember the prefix's rows. Not for one that is some text's neighbours: it is long, hardly
+                ever comes again, and its rows tell of texts that may be deleted any time.
+        """
+        if not texts:
+            return []
+        return encode(self.model, texts, self.prefix(prefix, keep=keep), token_budget=self.token_budget)
+
+    def _get(self, key: EntryKey, *, by_layer: bool = False) -> KV | None:
         if self.store is None:
             return None
         try:
-            return self.store.get(key).to(self.model.device)
+            return self.store.get(key, by_layer=by_layer).to(self.model.device)
         except CacheMiss:
             return None
 
@@ -101,3 +130,9 @@ class Caches:
             if not self._has_warned:
                 logger.warning("answers go on without keeping new caches: %s", error)
             self._has_warned = True
+
+
+def _make_room(kept: dict[Tokens, Any]) -> None:
+    """Forget the oldest: documents that are encoded behind others have a prefix each."""
+    while len(kept) >= _MAX_PREFIXES:
+        del kept[next(iter(kept))]

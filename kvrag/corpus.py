@@ -2,69 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from kvrag.errors import (
     ConfigError,
     DocumentNotFound,
-    DocumentTooLong,
     DuplicateDocument,
-    EmptyDocument,
     InputError,
-    StoreWriteError,
 )
 from kvrag.index import Hit, Index, Metadata, Record, already_there
-from kvrag.reports import CorpusStats, IngestReport, ReconcileReport
-from kvrag.segments import KV
+from kvrag.lockstep import Lockstep, Progress, batches
+from kvrag.neighbours import KEY_FIELD, Encoder, Item, Neighbourhoods, clean
+from kvrag.reports import CorpusStats, IngestReport, ReconcileReport, RenewReport
 from kvrag.store.base import KVStore
-from kvrag.store.key import EntryKey, Fingerprint, tagged_digest
+from kvrag.store.key import EntryKey, tagged_digest
 from kvrag.store.references import References
 
-__all__ = ["Corpus", "CorpusStats", "Encoder", "Hit", "IngestReport", "ReconcileReport", "Record"]
-
-logger = logging.getLogger(__name__)
-
-KEY_FIELD = "kvrag_key"
-"""The metadata field that names a record's entry in the store."""
-
-Progress = Callable[[int, int], None]
-"""Called with (documents done, documents in all) after every batch."""
-
-
-class Encoder(Protocol):
-    """What reads texts for the corpus; the engine is one."""
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What its entries depend on besides their text."""
-        ...
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest document it can read."""
-        ...
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """Tokens of a document."""
-        ...
-
-    def encode(self, token_lists: Sequence[tuple[int, ...]]) -> list[KV]:
-        """Keys and values of documents, in order; each does not depend on the others."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    id: str
-    text: str
-    metadata: dict[str, Any]
-    key: EntryKey
+__all__ = [
+    "KEY_FIELD",
+    "Corpus",
+    "CorpusStats",
+    "Encoder",
+    "Hit",
+    "IngestReport",
+    "ReconcileReport",
+    "Record",
+    "RenewReport",
+]
 
 
 class Corpus:
@@ -79,6 +47,14 @@ class Corpus:
     (The reference comes first, so that nobody who shares the store takes the entry for an orphan.)
     Not even `reconcile` is needed for right answers: a record without entry is read anew.
 
+    With `neighbours`, each document's entry is encoded behind its most similar documents (see
+    `kvrag.neighbours`), which Chroma finds only among what it has already, so that changes go
+
+    | add, upsert, update | Chroma -> entries that tell of replaced texts -> reference -> entry -> label |
+    | delete              | Chroma -> reference -> entries -> the same for documents left behind          |
+
+    where the label is metadata that names entry and neighbours; a record without is one to `reconcile`.
+
     Args:
         index: the collection.
         store: where entries are kept; several collections may share it.
@@ -86,6 +62,12 @@ class Corpus:
         references: who refers to which entry; None: a file in the store's folder, or for a store without
             a `path`, in memory.
         batch_size: documents per batch; a batch is encoded and written as a whole.
+        neighbours: encode each document behind so many others, for a policy with as many `neighbours`;
+            None: as the collection was built, a new one with none. A collection that was built without is
+            extended with; `renew_neighbours` then gives them to documents that are there already.
+
+    Raises:
+        ConfigError: the collection was built with another number of neighbours, or an impossible argument.
     """
 
     def __init__(
@@ -96,34 +78,25 @@ class Corpus:
         *,
         references: References | None = None,
         batch_size: int = 32,
+        neighbours: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1")
         self._index = index
         self._store = store
-        self._encoder = encoder
+        self._near = Neighbourhoods(index, encoder, neighbours)
         self._references = references or References(_references_file(store))
-        self._batch_size = batch_size
-        self._uncached = 0
-        self._warned = False
+        self._lockstep = Lockstep(index, store, encoder, self._near, self._references, batch_size)
         self._lock = threading.RLock()
 
     def key_of(self, text: str) -> EntryKey:
-        """The key under which the store keeps this text.
+        """The key under which the store keeps this text, encoded behind the prefix alone.
 
         Raises:
             EmptyDocument: no token.
             DocumentTooLong: more tokens than the model reads.
         """
-        tokens = self._encoder.tokenize(text) if text.strip() else ()
-        if not tokens:
-            raise EmptyDocument("a document without text: nothing to encode")
-        if len(tokens) > self._encoder.max_tokens:
-            raise DocumentTooLong(
-                f"{len(tokens)} tokens, the model reads {self._encoder.max_tokens} at most; cut it with "
-                f"kvrag.documents.split(text, tokenize, {self._encoder.max_tokens}). It begins: {text[:60]!r}"
-            )
-        return EntryKey(self._encoder.fingerprint, tokens)
+        return self._near.key_of(text)
 
     def add(
         self,
@@ -151,7 +124,7 @@ class Corpus:
             taken = self._index.existing([item.id for item in items])
             if taken:
                 raise DuplicateDocument(already_there(taken))
-            self._write(items, self._index.add, progress)
+            self._lockstep.write(items, self._index.add, progress)
             return [item.id for item in items]
 
     def ingest(
@@ -175,7 +148,8 @@ class Corpus:
             new = {i: n for n, i in reversed(list(enumerate(ids))) if i not in there}
             numbers = sorted(new.values())
             items = self._items([texts[n] for n in numbers], None, [metadatas[n] for n in numbers])
-            self._write(items, self._index.add, progress)
+            self._lockstep.write(items, self._index.add, progress)
+            self._lockstep.settle_unlabelled([i for i in ids if i in there])
             return IngestReport(tuple(ids), added=len(items), skipped=len(ids) - len(items))
 
     def upsert(
@@ -194,7 +168,7 @@ class Corpus:
         """
         with self._lock:
             items = self._items(texts, ids, metadatas)
-            self._write(items, self._index.upsert, progress)
+            self._lockstep.write(items, self._index.upsert, progress)
             return [item.id for item in items]
 
     def update(
@@ -215,7 +189,7 @@ class Corpus:
         """
         with self._lock:
             before = self._found(ids)
-            changes = [{}] * len(ids) if metadatas is None else [_clean(m) for m in metadatas]
+            changes = [{}] * len(ids) if metadatas is None else [clean(m) for m in metadatas]
             if texts is None:
                 self._index.check_records(ids, [r.text for r in before], changes)
                 told = [(i, change) for i, change in zip(ids, changes, strict=True) if change]
@@ -225,10 +199,12 @@ class Corpus:
                 {k: v for k, v in {**record.metadata, **change}.items() if v is not None}
                 for record, change in zip(before, changes, strict=True)
             ]
-            self._write(self._items(texts, ids, merged), self._index.upsert, None)
+            self._lockstep.write(self._items(texts, ids, merged), self._index.upsert, None)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove documents; the bytes of entries that no document of any collection refers to go with them.
+
+        So do entries of other documents that were encoded behind them; those are built anew, behind others.
 
         Raises:
             DocumentNotFound: an id that is not there; nothing was removed.
@@ -237,11 +213,14 @@ class Corpus:
         """
         with self._lock:
             ids = list(dict.fromkeys(ids))
+            records = self._found(ids)
+            behind = self._near.behind(ids)
             # Also the entries that records name: a reference may have been lost.
-            named = [str(record.metadata.get(KEY_FIELD, "")) for record in self._found(ids)]
+            told = self._near.entries([*records, *behind])
             self._index.delete(ids)
-            freed = self._references.remove(self._index.id, ids)
-            self._references.collect([*freed, *named], self._store.delete)
+            self._lockstep.let_go([*ids, *(record.id for record in behind)], told)
+            if self._near.can_encode:
+                self._lockstep.settle([record.id for record in behind])
 
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Documents by id, in this order.
@@ -249,7 +228,7 @@ class Corpus:
         Raises:
             DocumentNotFound: an id that is not there.
         """
-        return [Record(r.id, r.text, _clean(r.metadata)) for r in self._found(ids)]
+        return [Record(r.id, r.text, clean(r.metadata)) for r in self._found(ids)]
 
     def search(self, query: str, k: int = 5, *, where: Mapping[str, Any] | None = None) -> list[Hit]:
         """The `k` documents nearest to a text, nearest first.
@@ -263,12 +242,63 @@ class Corpus:
             InputError: k is below 1.
         """
         hits = self._index.search(query, k, where=where)
-        return [Hit(h.id, h.text, _clean(h.metadata), h.distance) for h in hits]
+        return [Hit(h.id, h.text, clean(h.metadata), h.distance) for h in hits]
 
     def documents(self) -> Iterator[Record]:
         """All documents, in no particular order."""
         for record in self._index.records():
-            yield Record(record.id, record.text, _clean(record.metadata))
+            yield Record(record.id, record.text, clean(record.metadata))
+
+    def neighbours(self, ids: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """For documents by id, the texts that they are encoded behind, most similar first.
+
+        Ids that are not there are left out; all of them in a corpus without neighbours.
+        """
+        return self._near.texts(ids)
+
+    @property
+    def num_neighbours(self) -> int:
+        """Behind how many others each document is encoded."""
+        return self._near.count
+
+    def renew_neighbours(self, count: int | None = None, *, progress: Progress | None = None) -> RenewReport:
+        """Choose the neighbours of all documents anew, and encode those that get others.
+
+        Neighbours are chosen when a document is written, from those that are there then; after many were
+        added, earlier ones may have better ones. Can be interrupted and repeated.
+
+        Args:
+            count: change to so many neighbours; 0: to none.
+            progress: called with (records done, records in all).
+
+        Raises:
+            ConfigError: an impossible number, or an encoder that cannot do it.
+            StoreWriteError: the store cannot be written.
+            CorpusLocked: another process is writing.
+        """
+        with self._lock:
+            self._index.begin_writing()
+            before = self._near.count
+            count = before if count is None else count
+            if count:
+                self._near.require_encoder()
+            # While some have more and some fewer, deletions have to look for both.
+            self._near.note(max(before, count))
+            records = list(self._index.records())
+            done = changed = encoded = removed = 0
+            for batch in batches(records, self._lockstep.batch_size):
+                items = [item for item in self._near.items(batch, [], anew=count) if item.relabelling]
+                ids = {item.id for item in items}
+                told = self._near.entries([record for record in batch if record.id in ids])
+                freed = self._references.add(self._index.id, {item.id: item.key.id for item in items})
+                encoded += self._lockstep.encode_missing(items)
+                changed += self._lockstep.relabel(items)
+                removed += len(self._references.collect([*freed, *told], self._store.delete))
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(records))
+            self._near.note(count)
+            return RenewReport(records=len(records), changed=changed, encoded=encoded, removed=removed)
 
     def reconcile(self, *, verify: bool = True, progress: Progress | None = None) -> ReconcileReport:
         """Make store and references what the collection says, after a crash or a change behind our back.
@@ -285,17 +315,18 @@ class Corpus:
         """
         with self._lock:
             check = self._store.check(fix=True) if verify else None
+            self._lockstep.prepare_neighbours()
             total, owner = self._index.count(), self._index.id
             wanted: dict[str, str] = {}
             unencodable: list[str] = []
             rebuilt = relabelled = 0
             freed: list[str] = []
-            for batch in _batches(list(self._index.records()), self._batch_size):
-                items = [item for record in batch if (item := self._item_of(record, unencodable))]
+            for batch in batches(list(self._index.records()), self._lockstep.batch_size):
+                items = self._near.items(batch, unencodable)
                 wanted.update((item.id, item.key.id) for item in items)
                 freed += self._references.add(owner, {item.id: item.key.id for item in items})
-                rebuilt += self._encode_missing(items)
-                relabelled += self._relabel(items)
+                rebuilt += self._lockstep.encode_missing(items)
+                relabelled += self._lockstep.relabel(items)
                 if progress is not None:
                     progress(len(wanted) + len(unencodable), total)
             stale = [record for record in self._references.of(owner) if record not in wanted]
@@ -313,7 +344,9 @@ class Corpus:
 
     def stats(self) -> CorpusStats:
         """Sizes and counts."""
-        return CorpusStats(documents=self._index.count(), uncached=self._uncached, store=self._store.stats())
+        return CorpusStats(
+            documents=self._index.count(), uncached=self._lockstep.uncached, store=self._store.stats()
+        )
 
     def close(self) -> None:
         """Close collection, references and store; what was written stays."""
@@ -336,12 +369,12 @@ class Corpus:
         texts: Sequence[str],
         ids: Sequence[str] | None,
         metadatas: Sequence[Metadata | None] | None,
-    ) -> list[_Item]:
+    ) -> list[Item]:
         """Texts with ids, clean metadata and keys; everything that can be refused is refused here."""
         metadatas = [None] * len(texts) if metadatas is None else metadatas
         if not len(texts) == len(metadatas) == (len(texts) if ids is None else len(ids)):
             raise InputError("texts, ids and metadatas must be of one length")
-        cleaned = [_clean(metadata or {}) for metadata in metadatas]
+        cleaned = [clean(metadata or {}) for metadata in metadatas]
         ids = list(map(_content_id, texts, cleaned)) if ids is None else list(ids)
         self._index.check_records(ids, texts, cleaned)
         items = []
@@ -350,15 +383,8 @@ class Corpus:
                 key = self.key_of(text)
             except InputError as error:
                 raise type(error)(f"document {record_id!r}: {error}") from error
-            items.append(_Item(record_id, text, metadata, key))
+            items.append(Item(record_id, text, metadata, key))
         return items
-
-    def _item_of(self, record: Record, unencodable: list[str]) -> _Item | None:
-        try:
-            return _Item(record.id, record.text, record.metadata, self.key_of(record.text))
-        except InputError:
-            unencodable.append(record.id)
-            return None
 
     def _found(self, ids: Sequence[str]) -> list[Record]:
         found = self._index.get(ids)
@@ -366,61 +392,6 @@ class Corpus:
         if missing:
             raise DocumentNotFound(f"the corpus holds no document with the id {min(missing)!r}")
         return found
-
-    def _write(
-        self,
-        items: list[_Item],
-        into_index: Callable[[Sequence[str], Sequence[str], Sequence[Metadata]], None],
-        progress: Progress | None,
-    ) -> None:
-        done, can_store = 0, True
-        self._index.begin_writing()
-        for batch in _batches(items, self._batch_size):
-            freed: list[str] = []
-            if can_store:
-                try:
-                    freed = self._references.add(self._index.id, {item.id: item.key.id for item in batch})
-                    self._encode_missing(batch)
-                except StoreWriteError as error:
-                    # Encoding the rest for nothing would take long; the next call tries again.
-                    can_store = False
-                    self._warn(error)
-            if not can_store:
-                self._uncached += sum(item.key not in self._store for item in batch)
-            into_index(
-                [item.id for item in batch],
-                [item.text for item in batch],
-                [{**item.metadata, KEY_FIELD: item.key.id} for item in batch],
-            )
-            if freed:
-                self._references.collect(freed, self._store.delete)
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(items))
-
-    def _encode_missing(self, items: Sequence[_Item]) -> int:
-        """Encode and put what the store lacks; how many entries that were."""
-        missing = list({item.key.id: item.key for item in items if item.key not in self._store}.values())
-        if missing:
-            rows = self._encoder.encode([key.tokens for key in missing])
-            for key, kv in zip(missing, rows, strict=True):
-                self._store.put(key, kv)
-        return len(missing)
-
-    def _relabel(self, items: Sequence[_Item]) -> int:
-        wrong = [item for item in items if item.metadata.get(KEY_FIELD) != item.key.id]
-        if wrong:
-            self._index.update_metadata(
-                [item.id for item in wrong], [{KEY_FIELD: item.key.id} for item in wrong]
-            )
-        return len(wrong)
-
-    def _warn(self, error: StoreWriteError) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "documents are kept without prebuilt caches and read anew when asked for: %s", error
-            )
 
 
 def _references_file(store: KVStore) -> Path | None:
@@ -439,12 +410,3 @@ def _content_id(text: str, metadata: Metadata) -> str:
 
 def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # lone surrogates are refused later, with a clear error
-
-
-def _clean(metadata: Metadata) -> dict[str, Any]:
-    return {name: value for name, value in metadata.items() if name != KEY_FIELD}
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from kvrag.attention import FreshRows
+from kvrag.attention import Looking, Tables
 from kvrag.config import Sampling
+from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.prefill import Read, read
+from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable
 
 
@@ -107,10 +109,6 @@ class _Rent:
         return self._paid >= self._price
 
 
-def _is_pruned(table: SegmentTable) -> bool:
-    return any(s.until_layer is not None for s in table)
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """One decoded token.
@@ -119,42 +117,102 @@ class Step:
         token: its id.
         mass: [L, S], float32: attention of the row that chose it to each segment, mean over heads.
         focus: [L, S], float32: the same for squared attention.
+        documents: [S], number of the document that each segment is, None for the prefix.
+        columns: attention to single rows of each segment, by layer, where it was asked for.
         is_last: a stopping criterion holds.
     """
 
     token: int
     mass: torch.Tensor
     focus: torch.Tensor
+    documents: tuple[int | None, ...]
+    columns: Mapping[int, list[torch.Tensor]]
     is_last: bool
+
+
+def _is_copyable(table: SegmentTable) -> bool:
+    """Whether one run for all layers can stand for several segments."""
+    return len(table) > 1 and all(s.until_layer is None for s in table)
+
+
+class Behind:
+    """What an answer's tokens read; copied into one run once that pays.
+
+    Attributes:
+        documents: for each segment, the number of its document; None for the prefix.
+    """
+
+    def __init__(
+        self,
+        tables: SegmentTable | Tables,
+        fresh: FreshRows,
+        specs: Sequence[LayerSpec],
+        *,
+        looking: Looking | None = None,
+    ) -> None:
+        """Read `tables` and `fresh`, which was filled by the prompt.
+
+        Args:
+            tables: as the first token after the prompt sees them.
+            fresh: rows of the prompt; extended by the answer.
+            specs: of the model's layers.
+            looking: what it asks for needs the segments apart: nothing is copied then.
+        """
+        self.fresh = fresh
+        self._looking, self._specs = looking, specs
+        self.change(tables)
+
+    def change(self, tables: SegmentTable | Tables, *, for_good: bool = True) -> None:
+        """Read other segments from the next token on.
+
+        Args:
+            tables: possible only until the segments were copied.
+            for_good: they will not change again, and may be copied.
+        """
+        if self.fresh.borders is not None:
+            raise ValueError("the segments are copied already")
+        self._tables = tables
+        self._rent: _Rent | None = None
+        table = tables if isinstance(tables, SegmentTable) else tables.at(0)
+        self.documents = tuple(s.document for s in table)
+        if for_good and self._looking is None and isinstance(tables, SegmentTable) and _is_copyable(tables):
+            self._rent = _Rent(tables, len(self._specs))
+            if self.fresh.standing:  # only in the copy do they count as their documents' rows
+                self._rent = _Rent(SegmentTable(), 0)
+
+    def read(self, model: Model, token: int, position: int) -> Read:
+        """Read one more token."""
+        if self._rent is not None and self._rent.is_spent() and isinstance(self._tables, SegmentTable):
+            self.fresh = self.fresh.behind(self._tables, self._specs)
+            self._tables, self._rent = SegmentTable(), None
+        return read(model, self._tables, [token], [position], self.fresh, looking=self._looking)
 
 
 def steps(
     model: Model,
-    table: SegmentTable,
-    fresh: FreshRows,
+    behind: Behind,
     prompt: Sequence[int],
     last: Read,
+    documents: tuple[int | None, ...],
     chosen: Choice,
     *,
     position: int,
 ) -> Iterator[Step]:
-    """Decode token by token over a table.
+    """Decode token by token.
 
     Args:
         model: the decoder.
-        table: the segments behind the answer.
-        fresh: rows of the question so far; extended by the answer.
+        behind: what the tokens read; the caller may change it between two tokens.
         prompt: all tokens of the prompt, in order.
         last: of the prompt; its last row chooses the first token.
+        documents: of its segments, see `Step`.
         chosen: from `choice`.
         position: of the first new token.
 
     Yields:
         Tokens in order; the last one has `is_last` set.
     """
-    table = table.seen_from(len(fresh.positions))  # what stood between the prompt's tokens lies behind now
     ids: Any = torch.tensor([list(prompt)], device=model.device)  # transformers asks for a LongTensor
-    rent = _Rent(table, model.num_layers) if len(table) > 1 and not _is_pruned(table) else None
     while True:
         scores = chosen.processors(ids, last.logits[-1:].float())
         if chosen.do_sample:
@@ -163,10 +221,8 @@ def steps(
             token = scores.argmax(-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)
         is_last = bool(chosen.criteria(ids, scores).all())
-        yield Step(int(token), last.mass[..., -1], last.focus[..., -1], is_last)
+        yield Step(int(token), last.mass[..., -1], last.focus[..., -1], documents, last.columns, is_last)
         if is_last:
             return
-        if rent is not None and rent.is_spent():
-            fresh, table, rent = fresh.behind(table, model.specs), SegmentTable(), None
-        last = read(model, table, [int(token)], [position], fresh)
+        last, documents = behind.read(model, int(token), position), behind.documents
         position += 1

@@ -17,6 +17,7 @@ from kvrag.errors import (
     GenerationCancelled,
     InputError,
 )
+from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.matching import ChunkMatcher
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
@@ -25,7 +26,7 @@ from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import Fingerprint
-from kvrag.text import Message
+from kvrag.text import Message, context_tokens
 from kvrag.worker import Stream, Worker
 
 T = TypeVar("T")
@@ -81,16 +82,26 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, store: KVStore | str | Path | None = None, *, token_budget: int = 2048
+        self,
+        model: Model,
+        store: KVStore | str | Path | None = None,
+        *,
+        policy: Policy | str = PLAIN,
+        token_budget: int = 2048,
     ) -> None:
         """Serve a loaded model.
 
         Args:
             model: the decoder.
             store: a store, a folder for one, or None to keep nothing.
+            policy: what answers do with their documents, or its name; an answer may have one of its own.
             token_budget: most tokens per forward pass while encoding documents, padding included.
+
+        Raises:
+            ConfigError: no policy has this name.
         """
         self.model = model
+        self.policy = preset(policy) if isinstance(policy, str) else policy
         self.store = DiskStore(store) if isinstance(store, (str, Path)) else store
         self._caches = Caches(model, self.store, token_budget=token_budget)
         self._worker = Worker(f"kvrag {model.name}")
@@ -104,6 +115,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         max_length: int | None = None,
+        policy: Policy | str = PLAIN,
         token_budget: int = 2048,
         **options: Any,
     ) -> Engine:
@@ -114,7 +126,7 @@ class Engine:
             UnsupportedModel: unknown architecture, or one that cannot be re-positioned exactly.
         """
         loaded = Model.load(model, device=device, dtype=dtype, max_length=max_length, **options)
-        return cls(loaded, store, token_budget=token_budget)
+        return cls(loaded, store, policy=policy, token_budget=token_budget)
 
     def answer(
         self,
@@ -123,6 +135,7 @@ class Engine:
         *,
         prefix: str = "",
         sampling: Sampling | None = None,
+        policy: Policy | None = None,
     ) -> Answer:
         """Answer a prompt; chunks that stand in it verbatim are not read again.
 
@@ -131,12 +144,13 @@ class Engine:
             chunks: texts that may stand in the prompt.
             prefix: the text that the chunks are encoded behind; best the prompt's own beginning.
             sampling: how the answer is chosen; greedy by default.
+            policy: what is done with the documents; None: the engine's.
 
         Raises:
             InputError: the prompt is empty or the template refuses it.
             ContextOverflow: the prompt leaves no room for an answer.
         """
-        stream = self.stream(prompt, chunks, prefix=prefix, sampling=sampling)
+        stream = self.stream(prompt, chunks, prefix=prefix, sampling=sampling, policy=policy)
         for _ in stream:
             pass
         if stream.answer is None:
@@ -150,11 +164,14 @@ class Engine:
         *,
         prefix: str = "",
         sampling: Sampling | None = None,
+        policy: Policy | None = None,
     ) -> AnswerStream:
         """The same as `answer`, piece by piece."""
         is_rendered = not isinstance(prompt, str)
         text = prompt if isinstance(prompt, str) else self.model.text.render(prompt)
-        return self.stream_rendered(text, chunks, prefix=prefix, sampling=sampling, is_rendered=is_rendered)
+        return self.stream_rendered(
+            text, chunks, prefix=prefix, sampling=sampling, policy=policy, is_rendered=is_rendered
+        )
 
     def stream_rendered(
         self,
@@ -163,9 +180,15 @@ class Engine:
         *,
         prefix: str = "",
         sampling: Sampling | None = None,
+        policy: Policy | None = None,
+        neighbours: Mapping[str, Sequence[str]] | None = None,
         is_rendered: bool = True,
     ) -> AnswerStream:
-        """Answer a prompt that a chat template has already written (no BOS is added to it)."""
+        """Answer a prompt that a chat template has already written (no BOS is added to it).
+
+        `neighbours` gives for chunks by name the texts they are encoded behind, most similar first; only a
+        policy with `neighbours` looks at it.
+        """
         if isinstance(chunks, str):
             raise InputError("chunks is one text; expected a list of texts, or texts by name")
         known = (
@@ -173,7 +196,15 @@ class Engine:
             if isinstance(chunks, (Mapping, ChunkMatcher))
             else {str(i): c for i, c in enumerate(chunks)}
         )
-        request = Request(prompt, known, prefix, is_rendered, sampling or Sampling())
+        request = Request(
+            prompt,
+            known,
+            prefix,
+            is_rendered,
+            sampling or Sampling(),
+            policy or self.policy,
+            neighbours or {},
+        )
         return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
 
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
@@ -230,6 +261,15 @@ class DocumentEncoder:
         """Tokens of a text as they will stand in a prompt."""
         return self._caches.model.text.tokenize(text)
 
+    def context(self, neighbours: Sequence[str]) -> tuple[int, ...]:
+        """Tokens of a text's neighbours, most similar first, as they stand between prefix and text."""
+        return context_tokens(self._caches.model.text, neighbours)
+
+    def fingerprint_behind(self, context: tuple[int, ...]) -> Fingerprint:
+        """What entries depend on that are encoded behind prefix and context."""
+        # Not from the caches: only the engine's thread may ask them, and they remember few.
+        return self._caches.model.fingerprint(self._prefix + context) if context else self.fingerprint
+
     def encode(self, texts: Sequence[tuple[int, ...]]) -> list[KV]:
         """Rows of texts given as tokens, in order.
 
@@ -237,11 +277,32 @@ class DocumentEncoder:
             EmptyDocument: a text without tokens.
             DocumentTooLong: more than `max_tokens`.
         """
-        for i, tokens in enumerate(texts):
+        return self.encode_behind(texts, [()] * len(texts))
+
+    def encode_behind(
+        self, texts: Sequence[tuple[int, ...]], contexts: Sequence[tuple[int, ...]]
+    ) -> list[KV]:
+        """Rows of texts, each behind the prefix and tokens of its own, in order.
+
+        Raises:
+            EmptyDocument: a text without tokens.
+            DocumentTooLong: text and context together have more than `max_tokens`.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (tokens, context) in enumerate(zip(texts, contexts, strict=True)):
             if not tokens:
                 raise EmptyDocument(f"text {i} has no tokens; leave it out")
-            if len(tokens) > self.max_tokens:
+            if len(context) + len(tokens) > self.max_tokens:
                 raise DocumentTooLong(
-                    f"text {i} has {len(tokens)} tokens and {self.max_tokens} fit behind the prefix; split it"
+                    f"text {i} has {len(tokens)} tokens{f' behind {len(context)}' if context else ''} and "
+                    f"{self.max_tokens} fit behind the prefix; split it"
                 )
-        return self._worker.call(lambda: self._caches.encode(self._prefix, texts))
+            groups.setdefault(context, []).append(i)
+        rows: dict[int, KV] = {}
+        for context, numbers in groups.items():
+            rows |= zip(numbers, self._encode_group(context, [texts[i] for i in numbers]), strict=True)
+        return [rows[i] for i in range(len(texts))]
+
+    def _encode_group(self, context: tuple[int, ...], texts: list[tuple[int, ...]]) -> list[KV]:
+        """One turn on the engine's thread, so that answers under way wait for one group at most."""
+        return self._worker.call(lambda: self._caches.encode(self._prefix + context, texts, keep=not context))

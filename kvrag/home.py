@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvrag.corpus import Corpus, Progress
+from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import DocumentEncoder, Engine
 from kvrag.errors import ConfigError, InputError
 from kvrag.index import Index
+from kvrag.lockstep import Progress
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
 from kvrag.reports import IngestReport
@@ -134,11 +135,20 @@ class Home:
     def _server(self) -> str | None:
         return self._chroma or (self.settings().chroma if self.exists() else None)
 
-    def corpus(self, engine: Engine | None = None) -> Corpus:
-        """Collection and caches together; without an engine only for listing, removing and counting."""
+    def corpus(self, engine: Engine | None = None, *, neighbours: int | None = None) -> Corpus:
+        """Collection and caches together; without an engine only for listing, removing and counting.
+
+        Args:
+            engine: reads the documents.
+            neighbours: encode new documents behind so many others, if the collection has no number of its
+                own yet; None: as it is.
+        """
+        index = self.index()
         if engine is None:
-            return Corpus(self.index(), self.store(), _NoEncoder())
-        return Corpus(self.index(), engine.store or self.store(), engine.encoder(self.form(engine)))
+            return Corpus(index, self.store(), _NoEncoder())
+        fitting = neighbours if index.neighbours in (0, neighbours) else None
+        store = engine.store or self.store()
+        return Corpus(index, store, engine.encoder(self.form(engine)), neighbours=fitting)
 
     def sweep(self) -> None:
         """Remove caches that no document refers to: those that answers of other models left behind.
@@ -161,12 +171,16 @@ def ingest(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
     by_paragraph: bool = False,
+    neighbours: int | None = None,
     progress: Progress | None = None,
 ) -> IngestReport:
     """Cut documents into chunks and bring a folder's collection and caches up to date with them.
 
     Chunks that are there already are kept, and read anew if this model has no caches of them; chunks of the
     same files that are not in the documents any more are removed.
+
+    With `neighbours`, all chunks of the collection are encoded behind so many of their most similar ones,
+    chosen anew; None leaves that as it is.
 
     Raises:
         InputError: there is no text in the documents.
@@ -182,7 +196,7 @@ def ingest(
     if not chunks:
         raise InputError("no text found in the given files")
     home.remember(engine, form)
-    with home.corpus(engine) as corpus:
+    with home.corpus(engine, neighbours=neighbours) as corpus:
         files = {file_of(document.source) for document in documents}
         before = {r.id for r in corpus.documents() if file_of(str(r.metadata.get("source"))) in files}
         report = corpus.ingest(
@@ -192,6 +206,8 @@ def ingest(
             corpus.reconcile(verify=False, progress=progress)
         if gone := sorted(before - set(report.ids)):
             corpus.delete(gone)
+        if neighbours is not None:
+            corpus.renew_neighbours(neighbours, progress=progress)
     if gone:
         home.sweep()
     return report
@@ -200,7 +216,9 @@ def ingest(
 def _lacks_caches(home: Home, engine: Engine, corpus: Corpus, texts: Sequence[str]) -> bool:
     """Whether chunks have no cache for this model, although the store can be written to."""
     store = engine.store or home.store()
-    return corpus.stats().uncached == 0 and any(corpus.key_of(text) not in store for text in texts)
+    if corpus.stats().uncached or corpus.num_neighbours:  # rows behind neighbours have other keys
+        return bool(corpus.num_neighbours) and corpus.stats().uncached == 0
+    return any(corpus.key_of(text) not in store for text in texts)
 
 
 def file_of(source: str) -> str:

@@ -24,6 +24,7 @@ Embedding = EmbeddingFunction[Documents]
 _Database = FolderDatabase | ServerDatabase
 _T = TypeVar("_T")
 _PAGE = 1000
+_NEIGHBOURS = "kvrag_neighbours"
 # With Chroma's defaults (100, 100, 16) the graph loses records among near-duplicates: of 1,300 that differ
 # in one word, 21 in 100 were not found by their own text; with these 9. Of more varied ones it is 1 in 100.
 _GRAPH = {"ef_construction": 200, "ef_search": 200, "max_neighbors": 32}
@@ -207,6 +208,48 @@ class Index:
         with self._reading() as collection:
             return _records(collection.get(limit=_PAGE, offset=offset))
 
+    def matching(self, where: Mapping[str, Any]) -> list[Record]:
+        """All records that a Chroma filter on metadata lets through."""
+        with self._reading() as collection:
+            return _records(collection.get(where=cast(Any, where)))
+
+    def nearest(self, ids: Sequence[str], k: int) -> dict[str, list[Record]]:
+        """The `k` records nearest to each of these, nearest first, by the vectors that Chroma has of them.
+
+        A record may be among its own; ids that are not there are left out.
+        """
+        found: dict[str, list[Record]] = {}
+        with self._reading() as collection:
+            for batch in self._batches(list(dict.fromkeys(ids))):
+                there = collection.get(ids=batch, include=["embeddings"])
+                if there["ids"] and there["embeddings"] is not None:
+                    near = collection.query(
+                        query_embeddings=there["embeddings"], n_results=k, include=["documents", "metadatas"]
+                    )
+                    found.update(zip(there["ids"], _rows_of_records(near), strict=True))
+        return found
+
+    @property
+    def neighbours(self) -> int:
+        """How many others the collection's chunks are encoded behind at most (see `kvrag.neighbours`)."""
+        with self._database.reading() as client:
+            # Not the collection at hand: another object may have noted it since.
+            noted = client.get_collection(self._name, embedding_function=None).metadata or {}
+        return int(noted.get(_NEIGHBOURS, 0))
+
+    def note_neighbours(self, count: int) -> None:
+        """Note in the collection's own metadata how many others its chunks are encoded behind at most.
+
+        Raises:
+            CorpusLocked: another process is writing.
+        """
+        with self._writing():
+            with self._database.reading() as client:
+                collection = client.get_collection(self._name, embedding_function=None)
+            # Chroma refuses to be told its distance again, and keeps it elsewhere, too.
+            kept = {k: v for k, v in (collection.metadata or {}).items() if not k.startswith("hnsw:")}
+            collection.modify(metadata={**kept, _NEIGHBOURS: count})
+
     def search(self, query: str, k: int, *, where: Mapping[str, Any] | None = None) -> list[Hit]:
         """The `k` nearest records, nearest first; fewer if there are fewer.
 
@@ -299,6 +342,14 @@ def _records(found: chromadb.GetResult) -> list[Record]:
     metadatas = found["metadatas"] or [{}] * len(found["ids"])
     rows = zip(found["ids"], texts, metadatas, strict=True)
     return [Record(i, text or "", dict(metadata or {})) for i, text, metadata in rows]
+
+
+def _rows_of_records(found: chromadb.QueryResult) -> Iterator[list[Record]]:
+    texts, metadatas = found["documents"], found["metadatas"]
+    if texts is None or metadatas is None:
+        raise CorpusError("Chroma's answer lacks documents or metadata")
+    for row in zip(found["ids"], texts, metadatas, strict=True):
+        yield [Record(i, text or "", dict(metadata or {})) for i, text, metadata in zip(*row, strict=True)]
 
 
 def _collection(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kvrag.attention import EncodeReading, FreshRows, TableReading
+from kvrag.attention import EncodeReading, Fixed, Looking, TableReading, Tables
+from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.segments import KV, LayerKV, SegmentTable
 
@@ -83,11 +84,13 @@ class Read:
         logits: [kept, V], in the model's dtype.
         mass: [L, S, T], float32: attention mass of each segment per layer and fresh row, mean over heads.
         focus: [L, S, T], float32: the same for squared masses.
+        columns: for layers asked for, the attention to each row of each segment, [n] float32 each.
     """
 
     logits: torch.Tensor
     mass: torch.Tensor
     focus: torch.Tensor
+    columns: dict[int, list[torch.Tensor]]
 
 
 def read_prompt(
@@ -97,9 +100,13 @@ def read_prompt(
     positions: Sequence[int],
     fresh: FreshRows,
     *,
+    tables: Tables | None = None,
+    looking: Looking | None = None,
     stride: int = 2048,
 ) -> Read:
     """Read a prompt's fresh tokens in strides, so that memory does not grow with the square of the prompt.
+
+    What depends on the attention of the question (pruning, columns) happens in the last stride.
 
     Args:
         model: the decoder.
@@ -107,46 +114,73 @@ def read_prompt(
         tokens: at least one, in prompt order.
         positions: of the tokens.
         fresh: empty; extended.
+        tables: what each layer of the last stride reads, with the segments of `table`; None: `table`.
+        looking: see there; its `from_row` counts rows of `tokens`.
         stride: most tokens per forward pass.
 
     Returns:
         The last token's logits, and mass and focus of all rows.
     """
     reads = []
-    for start in range(0, len(tokens), stride):
-        end = min(start + stride, len(tokens))
-        reads.append(read(model, table.seen_from(start), tokens[start:end], positions[start:end], fresh))
+    group = Looking(looking.group, from_row=stride) if looking else None  # no row of theirs counts
+    last = (len(tokens) - 1) // stride * stride
+    for start in range(0, last, stride):
+        end = start + stride
+        reads.append(
+            read(model, table.seen_from(start), tokens[start:end], positions[start:end], fresh, looking=group)
+        )
+    if looking:
+        looking = replace(looking, from_row=max(0, looking.from_row - last))
+    late = table.seen_from(last) if tables is None else _Late(tables, last)
+    reads.append(read(model, late, tokens[last:], positions[last:], fresh, looking=looking))
     mass, focus = (
         torch.cat(parts, dim=-1) for parts in zip(*((r.mass, r.focus) for r in reads), strict=True)
     )
-    return Read(reads[-1].logits, mass, focus)
+    return Read(reads[-1].logits, mass, focus, reads[-1].columns)
+
+
+class _Late:
+    """Tables as rows of a later stride see them."""
+
+    def __init__(self, tables: Tables, row: int) -> None:
+        self._tables, self._row = tables, row
+
+    def at(self, layer: int) -> SegmentTable:
+        return self._tables.at(layer).seen_from(self._row)
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        self._tables.note(layer, mass, focus)
 
 
 @torch.inference_mode()
 def read(
     model: Model,
-    table: SegmentTable,
+    table: SegmentTable | Tables,
     tokens: Sequence[int],
     positions: Sequence[int],
     fresh: FreshRows,
     *,
+    looking: Looking | None = None,
     logits_to_keep: int = 1,
 ) -> Read:
     """Read tokens over a segment table, layer by layer; their rows are added to `fresh`.
 
     Args:
         model: the decoder.
-        table: what was read before and is not read again.
+        table: what was read before and is not read again; one table, or one for each layer.
         tokens: at least one, in prompt order.
         positions: of the tokens.
         fresh: rows of this request so far; extended.
+        looking: how documents are attended to, and what of it is wanted.
         logits_to_keep: how many last tokens' logits to return; 0 for all.
     """
-    reading = TableReading(model.specs, table, fresh, positions, device=model.device)
+    tables = Fixed(table) if isinstance(table, SegmentTable) else table
+    reading = TableReading(model.specs, tables, fresh, positions, device=model.device, looking=looking)
     ids = torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
     logits = model.run(ids, reading, logits_to_keep=logits_to_keep)
     fresh.positions.extend(positions)
     if reading.mass:
-        return Read(logits[0], torch.stack(reading.mass), torch.stack(reading.focus))
+        mass, focus = torch.stack(reading.mass), torch.stack(reading.focus)
+        return Read(logits[0], mass, focus, reading.columns)
     nothing = logits.new_zeros((model.num_layers, 0, len(tokens)), dtype=torch.float32)
-    return Read(logits[0], nothing, nothing)
+    return Read(logits[0], nothing, nothing, {})

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
-
-from kvrag.answer import Answer, DocumentUse, FinishReason, Timing, Usage
-from kvrag.attention import FreshRows
-from kvrag.caches import Caches, Loaded
-from kvrag.compose import Composed, compose
+from kvrag.answer import Answer, DocumentUse, Timing, Usage
+from kvrag.attention import Looking
+from kvrag.caches import Caches, Loaded, Tokens
+from kvrag.citations import Attention, Span
+from kvrag.compose import compose
 from kvrag.config import Sampling
-from kvrag.decode import Step, choice, steps
-from kvrag.errors import ContextOverflow, InputError
+from kvrag.decode import Behind, Step, choice, steps
+from kvrag.errors import CacheMiss, ContextOverflow, InputError
+from kvrag.focus.policy import PLAIN, Policy
+from kvrag.focus.pruning import Pruning
+from kvrag.looking import Look, look
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
 from kvrag.plan import PromptPlan, plan
-from kvrag.prefill import read_prompt
-from kvrag.text import Decoding
+from kvrag.text import Decoding, context_tokens
+
+_WITH_SPANS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,9 @@ class Request:
         prefix: text that the chunks are encoded behind.
         is_rendered: the prompt came out of a chat template, which wrote any BOS itself.
         sampling: how the answer is chosen.
+        policy: what is done with the documents.
+        neighbours: for chunks by name, texts of their most similar chunks, most similar first; for a policy
+            with `neighbours`.
     """
 
     prompt: str
@@ -39,6 +45,8 @@ class Request:
     prefix: str
     is_rendered: bool
     sampling: Sampling
+    policy: Policy = PLAIN
+    neighbours: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
@@ -49,25 +57,31 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
         ContextOverflow: the prompt leaves no room for an answer.
     """
     clock = _Clock()
-    model = caches.model
+    model, policy = caches.model, request.policy
     planned = _plan(model, request)
+    _check(model, planned, policy)
     clock.lap("plan")
-    sampling = _within(model, planned, request.sampling)
-    documents = caches.documents(prefix_tokens(model, request), [span.tokens for span in planned.cached])
-    prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
-    composed = compose(planned, prefix, [d.kv for d in documents])
-    clock.lap("load")
-    chosen = choice(model, composed.prompt, sampling)
-    fresh = FreshRows(model.num_layers)
-    first = read_prompt(model, composed.table, composed.tokens, composed.positions, fresh)
-    decoding = Decoding(model.text, request.sampling.stop)
+    loaded, looked = _look(caches, request, planned, clock)
+    sampling = _within(model, looked, request)
+    chosen = choice(model, planned.tokens, sampling)
+    asked = Looking(policy.group, frozenset(range(model.num_layers)) if policy.spans else frozenset())
+    looking = asked if policy.group or policy.spans else None
+    behind = Behind(
+        looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=looking
+    )
+    second = _SecondLook(policy, looked, behind, model.num_layers)
+    decoding = Decoding(model.text, sampling.stop)
+    attention = Attention()
     tokens: list[int] = []
-    seen: list[Step] = []
-    for step in steps(model, composed.table, fresh, composed.prompt, first, chosen, position=composed.end):
+    documents = tuple(s.document for s in looked.composed.table)
+    for step in steps(
+        model, behind, planned.tokens, looked.read, documents, chosen, position=looked.composed.end
+    ):
         if not tokens:
             clock.lap("prefill")
         tokens.append(step.token)
-        seen.append(step)
+        attention.add(step.documents, step.mass, step.focus, step.columns)
+        second.note(step)
         if piece := decoding.push(step.token):
             yield piece
         if step.is_last or decoding.stopped:
@@ -75,16 +89,94 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     if rest := decoding.finish():
         yield rest
     ended_early = decoding.stopped or _is_end(model, tokens[-1], sampling)
-    yield _finished(
-        planned,
-        documents,
-        composed,
-        seen,
-        decoding,
-        tokens,
-        clock,
+    uses = _uses(model, planned, loaded, looked, attention, behind)
+    yield Answer(
+        decoding.text,
+        tuple(tokens),
         "stop" if ended_early else "length",
+        uses,
+        _usage(planned, loaded, looked, len(tokens)),
+        clock.timing(),
+        planned,
+        policy.name,
+        looked.risk,
+        looked.in_full,
     )
+
+
+def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) -> tuple[list[Loaded], Look]:
+    """Load the documents and read the question.
+
+    Where layers are loaded as they are needed, damage shows in the middle of reading: the entry is set aside
+    then, and the next try reads its document anew.
+    """
+    policy = request.policy
+    tries_by_layer = 1 + len(planned.cached) if policy.pruning is not None else 0
+    behind = prefix_tokens(caches.model, request)
+    texts = [span.tokens for span in planned.cached]
+    while True:
+        loaded = caches.documents(
+            behind, texts, by_layer=tries_by_layer > 0, contexts=_contexts(caches, request, planned)
+        )
+        prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
+        arrangement = compose(planned, prefix, [document.kv for document in loaded])
+        clock.lap("load")
+        try:
+            looked = look(caches.model, arrangement, policy, max_new_tokens=request.sampling.max_new_tokens)
+            if policy.second_look is not None:
+                for segment in looked.everyone:
+                    _ = list(segment.kv.layers)  # a damaged layer is to show now
+        except CacheMiss:
+            tries_by_layer -= 1
+        else:
+            return loaded, looked
+
+
+def _contexts(caches: Caches, request: Request, planned: PromptPlan) -> list[Tokens] | None:
+    """What each document's rows are encoded behind, beside the prefix; None: nothing."""
+    count = request.policy.neighbours
+    if not count:
+        return None
+    near = [request.neighbours.get(span.key, ())[:count] for span in planned.cached]
+    return [context_tokens(caches.model.text, texts) for texts in near]
+
+
+class _SecondLook:
+    """Lets the first tokens of the answer read every document, and decides by them who stays."""
+
+    def __init__(self, policy: Policy, looked: Look, behind: Behind, num_layers: int) -> None:
+        self._look = policy.second_look
+        self._behind = behind
+        self._everyone = looked.everyone.seen_from(looked.fresh.num_rows)
+        self._steps = 0
+        self._scores: dict[int, float] = {}
+        if self._everyone.num_documents < 2 or looked.in_full:
+            self._look = None
+        if self._look is not None:
+            behind.change(self._everyone, for_good=False)
+
+    def note(self, step: Step) -> None:
+        """Score by one token's row; the first one's read what the question read, and does not count."""
+        if self._look is None:
+            return
+        if self._steps:
+            self._add(step)
+        self._steps += 1
+        if self._steps > self._look.after:
+            keep = Pruning(keep=self._look.keep).num_kept(len(self._scores))
+            best = sorted(self._scores, key=lambda n: (-self._scores[n], n))
+            self._behind.change(self._everyone.without(best[keep:]))
+            self._look = None
+
+    def _add(self, step: Step) -> None:
+        assert self._look is not None
+        places = [i for i, number in enumerate(step.documents) if number is not None]
+        for layer in range(len(step.mass)):
+            mass, focus = step.mass[layer, places, None], step.focus[layer, places, None]
+            for i, score in zip(places, self._look.scorer.score(layer, mass, focus), strict=True):
+                number = step.documents[i]
+                assert number is not None
+                self._scores[number] = self._scores.get(number, 0.0) + score
 
 
 def prefix_tokens(model: Model, request: Request) -> tuple[int, ...]:
@@ -110,16 +202,31 @@ def _plan(model: Model, request: Request) -> PromptPlan:
     )
 
 
-def _within(model: Model, planned: PromptPlan, sampling: Sampling) -> Sampling:
+def _check(model: Model, planned: PromptPlan, policy: Policy) -> None:
+    """Refuse what cannot be answered, before anything is loaded or read."""
     if not planned.num_tokens:
         raise InputError("the prompt has no tokens; give a question")
-    room = model.max_length - planned.num_tokens
+    lengths = [len(span.tokens) for span in planned.cached]
+    least = planned.num_tokens - sum(lengths) + max(lengths, default=0)
+    limit = policy.placement.window or model.max_length
+    if least >= limit and policy.placement.beyond != "extrapolate":
+        raise ContextOverflow(
+            f"the prompt has {planned.num_tokens} tokens and the model reads {limit}; documents can share "
+            f"positions, but {least} tokens cannot: retrieve fewer or shorter documents"
+        )
+
+
+def _within(model: Model, looked: Look, request: Request) -> Sampling:
+    """The settings with no more tokens than there are positions for."""
+    room = model.max_length - looked.composed.end
+    if request.policy.placement.beyond == "extrapolate":
+        room = max(room, request.sampling.max_new_tokens)
     if room < 1:
         raise ContextOverflow(
-            f"the prompt has {planned.num_tokens} tokens and the model reads {model.max_length}; "
+            f"the prompt takes {looked.composed.end} positions and the model reads {model.max_length}; "
             "retrieve fewer or shorter documents"
         )
-    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    return replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))
 
 
 def _is_end(model: Model, token: int, sampling: Sampling) -> bool:
@@ -127,37 +234,53 @@ def _is_end(model: Model, token: int, sampling: Sampling) -> bool:
     return not sampling.ignore_eos and token in (ends if isinstance(ends, list) else [ends])
 
 
-def _finished(
+def _uses(
+    model: Model,
     planned: PromptPlan,
-    documents: list[Loaded],
-    composed: Composed,
-    seen: list[Step],
-    decoding: Decoding,
-    tokens: list[int],
-    clock: _Clock,
-    reason: FinishReason,
-) -> Answer:
-    timing = clock.timing()
-    mass, focus = _shares(composed, [s.mass for s in seen]), _shares(composed, [s.focus for s in seen])
-    whole = sum(focus) or 1.0
-    uses = tuple(
-        DocumentUse(span.key, len(span.tokens), loaded.is_hit, m, f / whole)
-        for span, loaded, m, f in zip(planned.cached, documents, mass, focus, strict=True)
+    loaded: Sequence[Loaded],
+    looked: Look,
+    attention: Attention,
+    behind: Behind,
+) -> tuple[DocumentUse, ...]:
+    question = looked.question_mass
+    best = sorted(range(len(loaded)), key=attention.focus, reverse=True)[:_WITH_SPANS]
+    return tuple(
+        DocumentUse(
+            span.key,
+            len(span.tokens),
+            document.is_hit,
+            attention.mass(number),
+            attention.focus(number),
+            question.get(number, 0.0),
+            looked.focus.dropped_at.get(number),
+            number in behind.documents,
+            _span(model, document, attention, number) if number in best else None,
+        )
+        for number, (span, document) in enumerate(zip(planned.cached, loaded, strict=True))
     )
-    ready = [s for s in composed.table if s.document is None or documents[s.document].is_hit]
-    usage = Usage(len(composed.prompt), sum(s.kv.num_tokens for s in ready), len(tokens))
-    return Answer(decoding.text, tuple(tokens), reason, uses, usage, timing, planned)
 
 
-def _shares(composed: Composed, seen: list[torch.Tensor]) -> list[float]:
-    """Each document's share of what the rows that chose the answer's tokens looked at.
+def _span(model: Model, document: Loaded, attention: Attention, number: int) -> Span | None:
+    found = attention.span(number)
+    if found is None:
+        return None
+    start, end, mass = found
+    return Span(start, end, model.text.decode(document.kv.tokens[start:end]).strip(), mass)
 
-    Args:
-        composed: the prompt.
-        seen: [L, S] for each token.
-    """
-    numbers = [i for i, s in enumerate(composed.table) if s.document is not None]
-    return [float(x) for x in torch.stack(seen)[..., numbers].mean(dim=(0, 1))]
+
+def _usage(planned: PromptPlan, loaded: Sequence[Loaded], looked: Look, num_new: int) -> Usage:
+    prefix = planned.prefix.tokens if planned.prefix else ()
+    ready = [document.kv for document in loaded if document.is_hit]
+    whole = planned.num_tokens
+    cached = min(whole - 1, len(prefix) + sum(kv.num_tokens for kv in ready))
+    return Usage(
+        whole,
+        cached,
+        num_new,
+        recomputed_tokens=looked.recomputed,
+        cached_bytes=sum(kv.num_bytes for kv in ready),
+        read_bytes=sum(kv.num_bytes_touched for kv in ready),
+    )
 
 
 class _Clock:

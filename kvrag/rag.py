@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from kvrag.answer import Answer, DocumentUse
+from kvrag.citations import Span
 from kvrag.config import Sampling
 from kvrag.corpus import Corpus
 from kvrag.engine import AnswerStream, Engine
-from kvrag.errors import GenerationCancelled, InputError
+from kvrag.errors import ConfigError, GenerationCancelled, InputError
+from kvrag.focus.policy import Policy, preset
+from kvrag.focus.pruning import AttentionScore, Pruning
+from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
 from kvrag.index import Hit
 from kvrag.prompt import RagPrompt
 
@@ -27,6 +31,10 @@ class Source:
         is_hit: its rows came from the store.
         mass: its share of the attention, while the answer's tokens were chosen, mean over layers and heads.
         focus: its share among the documents of squared attention; what the answer rests on.
+        question_mass: as `mass`, while the question was read.
+        dropped_at: first layer that did not read it for the question any more; None: all did.
+        is_read: the answer's tokens read it.
+        span: the place in it that was looked at most, for the best chunks of a policy with `spans`.
     """
 
     id: str
@@ -36,6 +44,10 @@ class Source:
     is_hit: bool
     mass: float
     focus: float
+    question_mass: float = 0.0
+    dropped_at: int | None = None
+    is_read: bool = True
+    span: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +66,17 @@ class Reply:
             "answer": self.text,
             "finish_reason": self.answer.finish_reason,
             "sources": [asdict(source) for source in self.sources],
+            "policy": self.answer.policy,
+            "risk": self._risk(),
+            "in_full": self.answer.in_full,
             "usage": asdict(self.answer.usage),
             "seconds": asdict(self.answer.timing),
         }
+
+    def _risk(self) -> dict[str, float] | None:
+        """The signals, and the one that a limit is compared with."""
+        risk = self.answer.risk
+        return None if risk is None else {"value": risk.value, **asdict(risk)}
 
 
 class Asked:
@@ -106,6 +126,7 @@ def ask(
     k: int = 4,
     form: RagPrompt | None = None,
     sampling: Sampling | None = None,
+    policy: Policy | None = None,
 ) -> Asked:
     """Answer a question from a corpus.
 
@@ -116,6 +137,8 @@ def ask(
         k: how many chunks to retrieve.
         form: how documents and question stand in the prompt; default: in the words of the model's template.
         sampling: how the answer is chosen; greedy by default.
+        policy: what is done with the documents; None: the engine's. Without `neighbours` of its own it gets
+            the corpus's, so that every document comes from the store.
 
     Raises:
         InputError: the question is blank.
@@ -124,14 +147,64 @@ def ask(
         raise InputError("the question is empty")
     hits = corpus.search(question, k)
     form = form or RagPrompt.of(engine.model.text)
+    policy = policy or engine.policy
+    policy = replace(policy, neighbours=policy.neighbours or corpus.num_neighbours)
     stream = engine.stream_rendered(
         form.render([hit.text for hit in hits], question),
         {hit.id: hit.text for hit in hits},
         prefix=form.prefix,
         sampling=sampling,
+        policy=policy,
+        neighbours=corpus.neighbours([hit.id for hit in hits]) if policy.neighbours else None,
         is_rendered=form.is_rendered,
     )
     return Asked(question, hits, stream)
+
+
+def policy_of(
+    name: str,
+    *,
+    keep: int | float | None = None,
+    layers: tuple[int, ...] | None = None,
+    rows: Literal["question", "last"] = "question",
+    repair: float | None = None,
+    max_risk: float | None = None,
+    spans: bool = False,
+) -> Policy:
+    """A policy by name, with pruning, repair, spans or a limit added to it or set otherwise.
+
+    Args:
+        name: of a preset.
+        keep: documents left by pruning, a number or a share.
+        layers: prune by the attention of these layers, right behind the last of them (`kvrag doctor` says
+            which find the right documents); None: of all, as the policy says.
+        rows: whose attention that is, see `AttentionScore`.
+        repair: share of the documents' rows read again; those the question looks at most, unless the policy
+            has its own way to choose a share.
+        max_risk: read the documents in full if the answer's risk is above.
+        spans: find the strongest place in the best documents.
+
+    Raises:
+        ConfigError: no policy has this name, or a value has no meaning for it.
+    """
+    policy = preset(name)
+    name, pruning, mended = policy.name, policy.pruning, policy.repair
+    if keep is not None:
+        name += "" if pruning else "+pruning"
+        pruning = replace(pruning or Pruning(), keep=keep)
+    if layers is not None or rows != "question":
+        if pruning is None:
+            raise ConfigError(f"policy {name!r} does not prune; set keep, or take cachefocus")
+        start = max(layers) + 1 if layers else pruning.start
+        pruning = replace(pruning, start=start, scorer=AttentionScore(layers, rows=rows))
+    if repair is not None:
+        if isinstance(mended, FirstRows):
+            raise ConfigError(f"policy {name!r} reads the first rows of documents again, not a share of them")
+        name += "" if mended else "+query-driven"
+        mended = replace(mended, share=repair) if isinstance(mended, Deviation) else QueryDriven(repair)
+    if max_risk is not None and not 0 <= max_risk <= 1:
+        raise ConfigError(f"max_risk={max_risk}: expected 0 to 1")
+    return replace(policy, name=name, pruning=pruning, repair=mended, max_risk=max_risk, spans=spans)
 
 
 def _source(use: DocumentUse, found: Hit, left: list[Hit]) -> Source:
@@ -140,4 +213,16 @@ def _source(use: DocumentUse, found: Hit, left: list[Hit]) -> Source:
     if hit in left:
         left.remove(hit)
     name = str(hit.metadata.get("source") or hit.id)
-    return Source(hit.id, name, hit.text, use.num_tokens, use.is_hit, use.mass, use.focus)
+    return Source(
+        hit.id,
+        name,
+        hit.text,
+        use.num_tokens,
+        use.is_hit,
+        use.mass,
+        use.focus,
+        use.question_mass,
+        use.dropped_at,
+        use.is_read,
+        use.span,
+    )

@@ -45,6 +45,23 @@ class ReconcileReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewReport:
+    """What `renew_neighbours` did.
+
+    Attributes:
+        records: records in the collection.
+        changed: records that have other neighbours than before.
+        encoded: entries encoded for them.
+        removed: entries that nobody refers to any more, deleted.
+    """
+
+    records: int
+    changed: int
+    encoded: int
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
 class CorpusStats:
     """Size of the corpus.
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+if TYPE_CHECKING:  # help texts must not wait for torch
+    from kvrag.rag import Reply, Source
+
+_BAR = 10
 
 
 def stdout() -> Console:
@@ -40,6 +45,71 @@ def _cut(text: str, width: int) -> str:
     cell = Text(text)
     cell.truncate(width, overflow="ellipsis", pad=True)
     return cell.plain
+
+
+def print_reply(reply: Reply) -> None:
+    """What an answer rests on and what it cost, in lines no wider than the terminal."""
+    out = stdout()
+    is_known = any(source.focus for source in reply.sources)  # not where documents were read in full
+    for source in reply.sources:
+        _print_source(out, source, share=f"{source.focus:4.0%}" if is_known else "   -")
+    usage, timing = reply.answer.usage, reply.answer.timing
+    out.print(
+        f"  first token after {timing.first_token * 1e3:.0f} ms; read {usage.read_tokens} of "
+        f"{usage.prompt_tokens} prompt tokens"
+    )
+    _print_parts(out, _status(reply))
+
+
+def _print_source(out: Console, source: Source, share: str) -> None:
+    """Share of the answer's attention, as a number and a bar, then what became of the chunk."""
+    states = [f"{source.num_tokens} tokens", "cached" if source.is_hit else "read now"]
+    if source.dropped_at is not None:
+        states.append(f"dropped at layer {source.dropped_at}")
+        states += ["taken back"] if source.is_read else []
+    elif not source.is_read:
+        states.append("left out")
+    end = f"  ({', '.join(states)})"
+    bar = "#" * round(source.focus * _BAR)
+    left = max(12, out.width - 2 - 4 - 1 - _BAR - 2 - cell_len(end))
+    out.print(f"  {share} {bar:<{_BAR}}  {_cut_front(source.name, left)}{end}")
+    if source.span is not None and source.span.mass:
+        place = f"{'':19}tokens {source.span.start} to {source.span.end - 1}: "
+        words = " ".join(source.span.text.split())
+        out.print((place + _cut(words, max(12, out.width - len(place)))).rstrip())
+
+
+def _status(reply: Reply) -> list[str]:
+    answer, usage = reply.answer, reply.answer.usage
+    parts = [answer.policy, f"recomputed {usage.recomputed_tokens} tokens"]
+    if usage.read_bytes < usage.cached_bytes:
+        parts.append(f"read {size(usage.read_bytes)} of {size(usage.cached_bytes)} cached")
+    if answer.risk is not None:
+        parts.append(f"risk {answer.risk.value:.2f}")
+    if answer.in_full:
+        parts.append("read in full")
+    return parts
+
+
+def _print_parts(out: Console, parts: Sequence[str]) -> None:
+    """One line, or more if the terminal is narrow; no part is cut."""
+    line = f"  {parts[0]}"
+    for part in parts[1:]:
+        if cell_len(line) + 2 + cell_len(part) > out.width:
+            out.print(f"{line};")
+            line = f"    {part}"
+        else:
+            line += f"; {part}"
+    out.print(line)
+
+
+def _cut_front(text: str, width: int) -> str:
+    """The end of a text: of a path, that is what tells it from others."""
+    if cell_len(text) <= width:
+        return text
+    while cell_len(text) >= width:
+        text = text[1:]
+    return f"…{text}"
 
 
 def print_json(value: Any) -> None:

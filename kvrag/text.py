@@ -92,6 +92,12 @@ class Text:
         return tagged_digest({"tokenizer": made, "special": json.dumps(self.tokenizer.all_special_tokens)})
 
 
+def context_tokens(text: Text, neighbours: Sequence[str]) -> tuple[int, ...]:
+    """What a document is encoded behind, beside the prefix: its neighbours, the most similar one last."""
+    pieces = [text.tokenize(f"{neighbour}\n\n") for neighbour in reversed(neighbours)]
+    return tuple(token for piece in pieces for token in piece)
+
+
 class Decoding:
     """Turns tokens into text as they come, never a piece of a character, never a piece of a stop string."""
 

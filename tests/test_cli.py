@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import kvrag.reader
 from kvrag import cli, doctor
 from kvrag.engine import Engine
+from kvrag.focus.policy import PRESETS
 from kvrag.home import Home
 from kvrag.model import READER
 from kvrag.testing.models import tiny_model, tiny_tokenizer
@@ -186,17 +187,34 @@ def test_json_is_one_object_and_nothing_else(run: Run, notes: Path, model: Path)
     assert found["model"] == str(model)
 
     found = run("ask", "Who?", "--json", "--max-new-tokens", "3", "-k", "1").object
-    assert set(found) == {"question", "answer", "finish_reason", "sources", "usage", "seconds"}
+    assert set(found) == {
+        "question",
+        "answer",
+        "finish_reason",
+        "sources",
+        "policy",
+        "risk",
+        "in_full",
+        "usage",
+        "seconds",
+    }
+    assert (found["policy"], found["in_full"]) == ("plain", False)
+    assert set(found["risk"]) == {"value", "entropy", "others", "doubt"}
+    assert found["usage"]["read_bytes"] == found["usage"]["cached_bytes"] > 0
     assert found["usage"]["new_tokens"] == 3
     (source,) = found["sources"]
     assert source["is_hit"]
     assert source["text"] in (LIGHTHOUSE, FERRY)
+    assert 0 < source["question_mass"] < 1
+    assert (source["dropped_at"], source["is_read"], source["span"]) == (None, True, None)
 
     assert [r["text"] for r in run("ls", "--json").object] == [LIGHTHOUSE, FERRY]
     assert run("stats", "--json").object["entries"] == 2
     assert run("reconcile", "--json").object["rebuilt"] == 0
     assert len(run("rm", "notes/b.md", "--json").object["removed"]) == 1
-    assert run("doctor", model, "--json").object["model"] == str(model)
+    found = run("doctor", model, "--json", "--questions", "1").object
+    assert found["model"] == str(model)
+    assert found["recommended"]["policy"] in {policy["name"] for policy in found["policies"]}
 
 
 def test_sampling_is_repeatable(ingested: Run) -> None:
@@ -237,6 +255,85 @@ def test_a_wide_collection_fits_a_narrow_terminal(run: Run, model: Path, tmp_pat
     assert done.out.splitlines()[1].endswith("…")
 
 
+# ---- policies
+
+
+def test_the_help_names_every_policy() -> None:
+    assert set(cli._POLICIES.split(", ")) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_policy_answers(ingested: Run, name: str) -> None:
+    done = ingested("ask", "Who?", "--policy", name, "--max-new-tokens", "2", "--spans")
+    assert done.status == 0
+    assert done.err == ""
+    assert f"  {name}; recomputed " in done.out
+    assert re.search(r"\brisk [01]\.\d\d$", done.out, flags=re.MULTILINE)
+    assert re.search(r"^ {19}tokens \d+ to \d+: ", done.out, flags=re.MULTILINE)
+    assert all(cell_len(line) <= 80 for line in done.out.rpartition("\n\n")[2].splitlines())
+
+
+def test_pruned_documents_are_marked(ingested: Run) -> None:
+    options = ("Who?", "--policy", "cachefocus", "--keep", "1", "--max-new-tokens", "2")
+    done = ingested("ask", *options)
+    sources = done.out.rpartition("\n\n")[2].splitlines()
+    assert sources[0].endswith("tokens, cached)")
+    assert re.search(r"tokens, cached, dropped at layer [1-3]\)$", sources[1])
+    assert re.search(r"; read [\d.]+ KiB of [\d.]+ KiB cached;", done.out)
+
+    found = ingested("ask", *options, "--json").object
+    kept, dropped = found["sources"]
+    assert (kept["is_read"], kept["dropped_at"]) == (True, None)
+    assert not dropped["is_read"]
+    assert dropped["focus"] < kept["focus"]
+    assert dropped["dropped_at"] in (1, 2, 3)
+    assert found["usage"]["read_bytes"] < found["usage"]["cached_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--keep", "0.5"], "plain+pruning"),
+        (["--repair", "0.3"], "plain+query-driven"),
+        (["--policy", "cacheblend", "--repair", "0.3"], "cacheblend"),
+        (["--policy", "cachefocus", "--repair", "0.3", "--keep", "2"], "cachefocus+query-driven"),
+        (["--policy", "ape", "--keep", "1", "--repair", "0.3"], "ape+pruning+query-driven"),
+        (["--policy", "cachefocus", "--layers", "1,0", "--rows", "last"], "cachefocus"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_policies_are_composed(ingested: Run, options: list[str], name: str) -> None:
+    found = ingested("ask", "Who?", *options, "--max-new-tokens", "2", "--json").object
+    assert found["policy"] == name
+    dropped = [s["dropped_at"] for s in found["sources"] if not s["is_read"]]
+    assert len(dropped) == ("0.5" in options or "1" in options or "1,0" in options)
+    if "--layers" in options:
+        assert dropped[0] >= 2
+    if "0.3" in options:
+        kept = sum(s["num_tokens"] for s in found["sources"] if s["is_read"])
+        assert found["usage"]["recomputed_tokens"] == pytest.approx(0.3 * kept, abs=1)
+
+
+def test_a_risk_above_the_limit_is_read_in_full(ingested: Run) -> None:
+    options = ("ask", "Who?", "--max-new-tokens", "2", "--max-risk")
+    done = ingested(*options, "0")
+    assert done.out.splitlines()[-1].endswith("; read in full")
+    found = ingested(*options, "0", "--json").object
+    assert found["in_full"]
+    assert found["usage"]["recomputed_tokens"] >= sum(s["num_tokens"] for s in found["sources"]) - 1
+    assert "read in full" not in ingested(*options, "1").out
+
+
+def test_long_names_keep_their_end(run: Run, model: Path, tmp_path: Path) -> None:
+    deep = tmp_path / ("folder " * 6) / ("another " * 6)
+    deep.mkdir(parents=True)
+    (deep / "file.txt").write_text(LIGHTHOUSE)
+    assert run("ingest", deep, "--model", model).status == 0
+    out = run("ask", "Who?", "--max-new-tokens", "2").out
+    assert re.search(r"….*/file\.txt  \(\d+ tokens, cached\)", out)
+    assert all(cell_len(line) <= 80 for line in out.rpartition("\n\n")[2].splitlines())
+
+
 # ---- bad input
 
 
@@ -261,6 +358,20 @@ def test_a_wide_collection_fits_a_narrow_terminal(run: Run, model: Path, tmp_pat
         (["ask", "Who?", "--temperature", "-1"], "--temperature"),
         (["ask", "Who?", "--max-new-tokens", "many"], "--max-new-tokens.*integer"),
         (["ask", "Who?", "--nonsense"], "No such option.*--nonsense"),
+        (["ask", "Who?", "--policy", "magic"], "no policy 'magic'; expected one of ape, .*query-driven"),
+        (["ask", "Who?", "--keep", "some"], "keep is 'some'; expected a number of documents"),
+        (["ask", "Who?", "--keep", "0"], "keep=0: expected at least 1 document"),
+        (["ask", "Who?", "--keep", "1.5"], "keep=1.5: expected a share"),
+        (["ask", "Who?", "--repair", "2"], "share=2.0: expected 0 to 1"),
+        (["ask", "Who?", "--repair", "nan"], "share=nan: expected 0 to 1"),
+        (["ask", "Who?", "--repair", "half"], "--repair"),
+        (["ask", "Who?", "--policy", "epic", "--repair", "0.1"], "'epic' reads the first rows"),
+        (["ask", "Who?", "--max-risk", "-1"], "max_risk=-1.0: expected 0 to 1"),
+        (["ask", "Who?", "--max-risk", "nan"], "max_risk=nan: expected 0 to 1"),
+        (["ask", "Who?", "--layers", "1"], "'plain' does not prune; set keep, or take cachefocus"),
+        (["ask", "Who?", "--keep", "1", "--layers", "one"], "layers is 'one'; expected numbers of layers"),
+        (["ask", "Who?", "--keep", "1", "--rows", "first"], "--rows.*'question', 'last'"),
+        (["doctor", "MODEL", "--questions", "0"], "--questions"),
         (["ls"], "nothing was ingested"),
         (["ls", "--home", "good.txt"], "good.txt.*cannot be read"),
         (["rm", "x"], "nothing was ingested"),
@@ -292,7 +403,12 @@ def test_bad_input_is_one_line(
         (["ask", "Who?", "--temperature", "nan"], "temperature"),
         (["rm", "nobody", "notes/a.txt"], "nothing is called nobody; kvrag ls shows"),
         (["ask", "Who?", "--model", "nowhere"], "model 'nowhere' could not be loaded"),
-        (["ask", "Who? " * 1000], "4096; retrieve fewer"),
+        (
+            ["ask", "Who?", "--layers", "3", "--keep", "1"],
+            "layers is 3; pruning .* can use 0 to 2 of this model",
+        ),
+        (["ask", "Who?", "--layers=-1,2", "--keep", "1"], "layers is -1, 2; pruning .* can use 0 to 2"),
+        (["ask", "Who? " * 1000], "reads 2304; .* retrieve fewer"),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
 )
@@ -372,18 +488,21 @@ def test_the_demo_as_json(run: Run, model: Path, tmp_path: Path) -> None:
 
 
 def test_the_doctor_is_content_with_a_good_model(run: Run, model: Path) -> None:
-    done = run("doctor", model)
+    done = run("doctor", model, "--questions", "1")
     assert done.status == 0
     assert "exact to rounding" in done.out
+    assert "against full attention (1 questions over 8 documents, 9 tokens each)" in done.out
+    assert "recommended: " in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines()[1:])  # the first one has the model's name
 
 
 def test_the_doctor_refuses_a_bad_model(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examine = doctor.examine
 
-    def of_a_bad_one(engine: Engine) -> doctor.Report:
+    def of_a_bad_one(engine: Engine, **options: Any) -> doctor.Report:
         bad = engine.model.specs[0]
         engine.model.specs = type(engine.model.specs)([type(bad)(), *engine.model.specs[1:]])
-        return examine(engine)
+        return examine(engine, **options)
 
     monkeypatch.setattr(doctor, "examine", of_a_bad_one)
     done = run("doctor", model)

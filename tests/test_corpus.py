@@ -309,13 +309,13 @@ def test_a_store_that_cannot_be_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     corpus.add(["before"], ["before"])
-    corpus._batch_size = 2
+    corpus._lockstep.batch_size = 2
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr("kvrag.store.disk.write_partial", full)
         corpus.add([f"text {n}" for n in range(5)], list("abcde"))
         corpus.upsert(["more", "before"], ["f", "before"])
     assert encoder.encoded == [1, 2, 1]  # not the rest of the call in vain
-    warnings = [record for record in caplog.records if record.name == "kvrag.corpus"]
+    warnings = [record for record in caplog.records if record.name == "kvrag.lockstep"]
     assert len(warnings) == 1
     assert "free some space" in warnings[0].message
     assert corpus.stats().documents == 7

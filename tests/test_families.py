@@ -21,10 +21,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from kvrag.attention import FreshRows
 from kvrag.config import Sampling
-from kvrag.decode import Step, choice, steps
+from kvrag.decode import Behind, Step, choice, steps
 from kvrag.engine import Engine
+from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.prefill import Read, encode, read, read_prompt
 from kvrag.segments import Segment, SegmentTable
@@ -211,7 +211,9 @@ def greedy(model: Model, prompt: Prompt, table: SegmentTable) -> list[Step]:
     last = read_prompt(model, table, prompt.tokens, prompt.positions, fresh)
     chosen = choice(model, prompt.tokens, Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True))
     position = prompt.positions[-1] + 1
-    return list(steps(model, table, fresh, prompt.tokens, last, chosen, position=position))
+    behind = Behind(table.seen_from(fresh.num_rows), fresh, model.specs)
+    documents = tuple(s.document for s in table)
+    return list(steps(model, behind, prompt.tokens, last, documents, chosen, position=position))
 
 
 def off(got: torch.Tensor, expected: torch.Tensor) -> float:

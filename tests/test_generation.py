@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as logging_of_transformers
 
 from kvrag import decode
-from kvrag.attention import FreshRows
+from kvrag.attention import Looking
 from kvrag.baseline import ordinary_answer
 from kvrag.compose import compose
 from kvrag.config import Sampling
-from kvrag.decode import choice, configuration, steps
+from kvrag.decode import Behind, choice, configuration, steps
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, ContextOverflow, InputError
+from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.plan import plan
 from kvrag.prefill import Read, encode, read_prompt
@@ -165,12 +166,12 @@ def test_sampled_tokens_follow_the_distribution() -> None:
     logits = torch.full((model().network.config.vocab_size,), -1e9)
     logits[[10, 11]] = torch.tensor([0.0, 1.0986])  # odds of one to three
     nothing = torch.zeros(model().num_layers, 0, 1)
-    last = Read(logits[None], nothing, nothing)
-    fresh, table = FreshRows(model().num_layers), SegmentTable()
+    last = Read(logits[None], nothing, nothing, {})
+    behind = Behind(SegmentTable(), FreshRows(model().num_layers), model().specs)
     found = []
     for seed in range(300):
         chosen = choice(model(), prompt, Sampling(temperature=1.0, seed=seed, max_new_tokens=1))
-        (step,) = steps(model(), table, fresh, prompt, last, chosen, position=len(prompt))
+        (step,) = steps(model(), behind, prompt, last, (), chosen, position=len(prompt))
         found.append(step.token)
     assert set(found) == {10, 11}
     assert 0.65 < found.count(11) / 300 < 0.85
@@ -490,11 +491,13 @@ def test_rent_is_spent_once_it_reaches_the_price() -> None:
     assert [rent.is_spent() for _ in range(4)] == [False, False, True, True]
 
 
-def test_pruned_tables_are_never_copied() -> None:
+def test_tables_that_will_change_and_answers_that_look_closely_are_never_copied() -> None:
     (kv,) = encode(model(), [(10, 11, 12)])
-    table = SegmentTable((Segment(kv, 0), Segment(kv, 3, until_layer=2)))
-    assert decode._is_pruned(table)
-    assert not decode._is_pruned(SegmentTable((Segment(kv, 0),)))
+    table = SegmentTable((Segment(kv, 0), Segment(kv, 3)))
+    for keep, looking, may_copy in ((True, None, True), (False, None, False), (True, Looking(), False)):
+        behind = Behind(table, FreshRows(model().num_layers), model().specs, looking=looking)
+        behind.change(table, for_good=keep)
+        assert (behind._rent is not None) == may_copy
 
 
 # ---- reading in strides
@@ -511,7 +514,7 @@ def test_strides_change_nothing() -> None:
     assert planned.prefix is not None
     (prefix,) = encode(model(), [planned.prefix.tokens])
     kvs = encode(model(), [s.tokens for s in planned.cached], prefix)
-    composed = compose(planned, prefix, kvs)
+    composed = compose(planned, prefix, kvs).composed()
     reads = []
     for stride in (1, 3, 2048):
         fresh = FreshRows(model().num_layers)

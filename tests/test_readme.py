@@ -16,13 +16,14 @@ def test_python_blocks_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     space: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), space)
     space["engine"].close()  # type: ignore[attr-defined]
     printed = capsys.readouterr().out
     assert "Usage(" in printed
+    assert "DocumentUse(" in printed
     assert printed.count("Naihaven") == 2
 
 

@@ -1,0 +1,287 @@
+"""Reading a question over its documents under a policy: place, prune, mend, and say what was looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kvrag.attention import Looking
+from kvrag.compose import Arrangement, Composed
+from kvrag.errors import ContextOverflow
+from kvrag.focus.focus import Focus, Staircase
+from kvrag.focus.placement import Placed, Placement
+from kvrag.focus.policy import Policy
+from kvrag.focus.pruning import Pruning
+from kvrag.focus.repair import Evidence, Repair
+from kvrag.focus.risk import Risk, risk
+from kvrag.fresh import FreshRows
+from kvrag.model import Model
+from kvrag.prefill import Read, read, read_prompt
+from kvrag.segments import SegmentTable
+
+Columns = Mapping[int, Mapping[int, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What reading a question gave.
+
+    Attributes:
+        read: logits of the last token, masses of the documents over the prompt's fresh rows.
+        composed: what was read, last.
+        fresh: its rows.
+        tables: what the answer's tokens read: the survivors.
+        everyone: all documents at their last places, for a second look.
+        focus: the scores and survivors of the reading that pruned.
+        columns: attention to single rows, by layer and document, where it was asked for.
+        risk: how far the answer may be from the one of full attention.
+        question_mass: attention mass of each document over the question's rows, mean over layers and heads,
+            before documents were mended or read in full.
+        recomputed: rows of documents that were read again for this answer.
+        in_full: all documents were read anew because the risk was too high.
+    """
+
+    read: Read
+    composed: Composed
+    fresh: FreshRows
+    tables: SegmentTable | Staircase
+    everyone: SegmentTable
+    focus: Focus
+    columns: Columns
+    risk: Risk
+    question_mass: Mapping[int, float]
+    recomputed: int = 0
+    in_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Positions of a prompt.
+
+    Attributes:
+        limit: positions that the model was trained for, or is used with.
+        capacity: of those, how many documents may take.
+    """
+
+    limit: int
+    capacity: int
+
+    @classmethod
+    def of(cls, arrangement: Arrangement, limit: int, max_new_tokens: int) -> Room:
+        """What the question leaves to documents.
+
+        A prompt that fits as it is gets what it needs, and its answer the rest; one that does not leaves room
+        for the answer, at most an eighth of all positions.
+
+        Raises:
+            ContextOverflow: prefix and question alone leave no room for an answer.
+        """
+        fixed = arrangement.start + len(arrangement.question)
+        if fixed + 1 > limit:
+            raise ContextOverflow(
+                f"the prompt has {fixed} tokens without its documents and the model reads {limit}; shorten it"
+            )
+        total = fixed + sum(unit.length for unit in arrangement.units)
+        answer = 1 if total < limit else max(1, min(max_new_tokens, limit // 8))
+        return cls(limit, limit - fixed - answer)
+
+
+def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_tokens: int = 1) -> Look:
+    """Read a question under a policy.
+
+    Args:
+        model: the decoder.
+        arrangement: the prompt, documents in retrieval order.
+        policy: what to do with them.
+        max_new_tokens: positions to leave for the answer where documents have to share.
+
+    Raises:
+        ContextOverflow: question and prefix, or one document, do not fit into the positions.
+    """
+    room = Room.of(arrangement, policy.placement.window or model.max_length, max_new_tokens)
+    arranged, placed = place(arrangement, policy.placement, room.capacity)
+    repair = policy.repair if arranged.units else None
+    if repair is None or repair.needs_question or policy.pruning is not None:
+        found = _read(model, arranged, placed, policy, room, policy.pruning, repair)
+        if repair is not None:
+            found = _mend(model, arranged, found, policy, room, repair)
+    else:
+        found = _read_mended(model, arranged, placed, policy, room, repair, {})
+    if policy.max_risk is not None and found.risk.value > policy.max_risk and arrangement.units:
+        return _in_full(model, arrangement, policy, room, found)
+    return found
+
+
+def place(arrangement: Arrangement, placement: Placement, capacity: int) -> tuple[Arrangement, Placed]:
+    """The documents at the positions that a placement gives them, without those it leaves out."""
+    lengths = [unit.length for unit in arrangement.units]
+    if not lengths:
+        return arrangement, Placed((), arrangement.query)
+    placed = placement.first(lengths, start=arrangement.start, capacity=capacity)
+    starts = dict(zip((u.number for u in arrangement.units), placed.starts, strict=True))
+    left = tuple(start for start in placed.starts if start is not None)
+    return arrangement.placed(starts, placed.query), Placed(left, placed.query)
+
+
+def _read(
+    model: Model,
+    arrangement: Arrangement,
+    placed: Placed,
+    policy: Policy,
+    room: Room,
+    pruning: Pruning | None,
+    repair: Repair | None = None,
+) -> Look:
+    """Read the fresh tokens once."""
+    focus = Focus(
+        arrangement,
+        placed,
+        placement=policy.placement,
+        pruning=pruning,
+        capacity=room.capacity,
+        num_layers=model.num_layers,
+    )
+    composed = arrangement.composed()
+    layers = repair.column_layers(model.num_layers) if repair else frozenset()
+    if policy.spans:
+        layers |= frozenset(range(model.num_layers))
+    fresh = FreshRows(model.num_layers)
+    fresh.standing = {s.document: s.first_row for s in composed.table if s.document is not None and s.hidden}
+    found = read_prompt(
+        model,
+        composed.table,
+        composed.tokens,
+        composed.positions,
+        fresh,
+        tables=focus,
+        looking=Looking(policy.group, layers, composed.question),
+    )
+    columns = {layer: _by_document(composed, values) for layer, values in found.columns.items()}
+    documents = [i for i, s in enumerate(composed.table) if s.document is not None]
+    last = found.focus[:, documents, -1].mean(0).tolist() if documents else []
+    return Look(
+        found,
+        composed,
+        fresh,
+        focus.layers() if policy.per_layer else focus.final(),
+        focus.everyone(),
+        focus,
+        columns,
+        risk(last, found.logits[-1]),
+        _question_mass(found, composed),
+        arrangement.num_again,
+    )
+
+
+def _question_mass(found: Read, composed: Composed) -> dict[int, float]:
+    rows = found.mass[..., composed.question :]
+    return {
+        s.document: float(rows[:, i].mean()) for i, s in enumerate(composed.table) if s.document is not None
+    }
+
+
+def _by_document(composed: Composed, columns: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    pairs = zip(composed.table, columns, strict=True)
+    return {segment.document: c for segment, c in pairs if segment.document is not None}
+
+
+def _mend(
+    model: Model, arrangement: Arrangement, found: Look, policy: Policy, room: Room, repair: Repair
+) -> Look:
+    """Read the question again over the survivors, at their last places, with some of their rows anew."""
+    focus = found.focus
+    placed = {number: start for number, start in focus.starts().items() if number in focus.kept}
+    kept = arrangement.only(focus.kept).placed(placed, arrangement.query).in_order()
+    again = _read_mended(
+        model,
+        kept,
+        Placed(tuple(unit.start for unit in kept.units), kept.query),
+        policy,
+        room,
+        repair,
+        found.columns,
+    )
+    return replace(again, focus=focus, columns=found.columns, question_mass=found.question_mass)
+
+
+def _read_mended(
+    model: Model,
+    arrangement: Arrangement,
+    placed: Placed,
+    policy: Policy,
+    room: Room,
+    repair: Repair,
+    columns: Columns,
+) -> Look:
+    """Choose rows, and read them and the question."""
+    evidence = Evidence(lambda layer: deviations(model, arrangement, layer), columns)
+    mended = arrangement.again(repair.rows(arrangement, evidence))
+    return _read(model, mended, placed, policy, room, None)
+
+
+def _in_full(model: Model, arrangement: Arrangement, policy: Policy, room: Room, found: Look) -> Look:
+    """Read every document anew, if they all fit as the prompt has them; else what was found stays."""
+    if sum(unit.length for unit in arrangement.units) > room.capacity:
+        return found
+    whole = arrangement.again({u.number: range(u.kv.num_tokens) for u in arrangement.units})
+    placed = Placed(tuple(u.start for u in whole.units), whole.query)
+    full = _read(model, whole, placed, replace(policy, group=None), room, None)
+    return replace(full, risk=found.risk, question_mass=found.question_mass, in_full=True)
+
+
+class _Enough(Exception):
+    """The layers that were asked for have been read."""
+
+
+@dataclass(slots=True)
+class _FirstLayers:
+    """A table for the first layers only."""
+
+    table: SegmentTable
+    last: int
+    seen: list[int] = field(default_factory=list)
+
+    def at(self, layer: int) -> SegmentTable:
+        if layer > self.last:
+            raise _Enough
+        return self.table
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        self.seen.append(layer)
+
+
+def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, torch.Tensor]:
+    """How far the values of documents' rows change when they are read with everything before them.
+
+    Args:
+        model: the decoder.
+        arrangement: documents in the order in which they see each other.
+        layer: whose values are compared; layers behind it are not run.
+
+    Returns:
+        [n] float32 by document number: sum of squared differences over heads and dimensions.
+    """
+    everything = arrangement.again({u.number: range(u.kv.num_tokens) for u in arrangement.units})
+    composed = everything.composed()
+    num = composed.question
+    fresh = FreshRows(model.num_layers)
+    with suppress(_Enough):
+        read(
+            model,
+            _FirstLayers(composed.table, layer),
+            composed.tokens[:num],
+            composed.positions[:num],
+            fresh,
+        )
+    values = fresh.values(layer)
+    found = {}
+    for segment in composed.table:
+        if segment.document is None:
+            continue
+        rows = slice(segment.first_row, segment.first_row + segment.kv.num_tokens)
+        change = values[:, rows].float() - segment.kv.layers[layer].values.float()
+        found[segment.document] = change.square().sum((0, 2))
+    return found
