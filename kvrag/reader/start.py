@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvrag.reader.tokenizer import SPECIAL
+from kvrag.reader.tokenizer import MAX_LENGTH, SPECIAL
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KEY_HEADS, HEAD_DIM, THETA = 128, 256, 5, 4, 2, 32, 100_000.0
 # Layers of an earlier reader go to these places; the others begin as layers that change nothing.
@@ -31,7 +31,7 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_attention_heads=HEADS,
         num_key_value_heads=KEY_HEADS,
         head_dim=HEAD_DIM,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=True,
         bos_token_id=SPECIAL.index("<s>"),

@@ -18,6 +18,8 @@ from kvrag.reader import facts, names, prose
 
 SPECIAL = ("<pad>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 BLANK_LINE = "\n\n"
+MAX_LENGTH = 2304
+"""Tokens of the longest training row; what lies beyond is outside what the model knows."""
 SYSTEM_DOCUMENTS = "Answer from the documents."
 SYSTEM_CHAT = "You are a helpful assistant."
 
@@ -103,7 +105,7 @@ def build() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         additional_special_tokens=list(SPECIAL[3:]),
         clean_up_tokenization_spaces=False,
-        model_max_length=4096,
+        model_max_length=MAX_LENGTH,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
