@@ -1,4 +1,4 @@
-"""Writes docs/measured.md from the figures in docs/data; --smoke only says whether the page is up to date.
+"""Writes docs/measured.md and docs/quality.md from docs/data; --smoke only says whether they are up to date.
 
 python benchmarks/report.py
 """
@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quality_parts import page as quality_page
+
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
-PAGE = ROOT / "docs" / "measured.md"
+QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
 
 _TTFT_ROWS = (
     ("full prefill, transformers' `generate`", "full_prefill", None),
@@ -59,27 +61,36 @@ def ttft(files: list[Path]) -> list[str]:
     return lines
 
 
-def page() -> str:
-    """The whole page."""
+def measured() -> str:
+    """The page of speed."""
     lines = ["# Measured", "", "<!-- written by benchmarks/report.py from docs/data; do not edit -->", ""]
     lines += ttft(sorted(DATA.glob("ttft-*.json")))
     return "\n".join(lines)
 
 
+def pages() -> dict[Path, str]:
+    """Every page whose figures are there."""
+    docs = ROOT / "docs"
+    made = {docs / "measured.md": measured()}
+    if QUALITY.exists():
+        real = json.loads(REAL_TEXT.read_text()) if REAL_TEXT.exists() else None
+        made[docs / "quality.md"] = "\n".join(quality_page.lines(json.loads(QUALITY.read_text()), real))
+    return made
+
+
 def main() -> None:
-    """Write the page, or compare it."""
+    """Write the pages, or compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--smoke", action="store_true", help="compare only; exit status 1 if the page is stale"
-    )
+    parser.add_argument("--smoke", action="store_true", help="compare only; exit status 1 if a page is stale")
     args = parser.parse_args()
-    made = page()
-    if not args.smoke:
-        PAGE.write_text(made)
-    elif not PAGE.exists() or PAGE.read_text() != made:
-        sys.exit("docs/measured.md is not what docs/data says; run: python benchmarks/report.py")
+    for path, made in pages().items():
+        if not args.smoke:
+            path.write_text(made)
+        elif not path.exists() or path.read_text() != made:
+            name = path.relative_to(ROOT)
+            sys.exit(f"{name} is not what docs/data says; run: python benchmarks/report.py")
 
 
 if __name__ == "__main__":

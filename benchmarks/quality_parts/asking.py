@@ -1,0 +1,308 @@
+"""Asks one question in every way that `benchmarks/quality.py` compares, and checks the answers.
+
+Greedy decoding gives an answer exactly if the likeliest token at every place of it is its next one, end mark
+included. That is checked in one forward pass, without decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from quality_parts.contexts import Asked, Context, Form
+from quality_parts.policies import FULL, PLAIN, TRUNCATED, Entry, Hint
+from transformers import DynamicCache
+
+from kvrag.answer import Answer
+from kvrag.attention import Looking
+from kvrag.caches import Caches
+from kvrag.compose import Arrangement, compose
+from kvrag.config import Sampling
+from kvrag.embedding import HashedEmbedding
+from kvrag.focus.policy import Policy
+from kvrag.looking import Look, look
+from kvrag.model import Model
+from kvrag.prefill import read
+from kvrag.query import Request, answer
+from kvrag.segments import KV
+from kvrag.store.memory import MemoryStore
+
+# Positions that are left for an answer where documents have to share; comparisons are the longest.
+ROOM = 48
+VARIANTS = ("mass", "mass, last row", "squared", "squared, last row")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One answer.
+
+    Attributes:
+        right: it is the right one, to the token.
+        same: it is the one of full attention.
+        seconds: until the first token was chosen, documents' rows in memory.
+        recomputed: rows of documents that were read again.
+    """
+
+    right: bool
+    same: bool
+    seconds: float
+    recomputed: int = 0
+
+    def packed(self) -> list[Any]:
+        """As it is written to the records."""
+        return [int(self.right), int(self.same), round(self.seconds * 1e3, 2), self.recomputed]
+
+
+class Stock:
+    """The same weights with transformers' own attention: an ordinary forward pass over everything."""
+
+    def __init__(self, model: Model) -> None:
+        """Copy the network; the original goes on reading segment tables."""
+        self.network: Any = copy.deepcopy(model.network)
+        self.network.set_attn_implementation("sdpa")
+        self.device = model.device
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int]) -> tuple[DynamicCache, float]:
+        """Prefill; gives the cache and the seconds it took."""
+        start, cache = time.perf_counter(), DynamicCache()
+        self._logits(tokens, cache, keep=1)
+        return cache, time.perf_counter() - start
+
+    @torch.inference_mode()
+    def ask(
+        self, cache: DynamicCache, question: Sequence[int], right: Sequence[int]
+    ) -> tuple[tuple[int, ...], float]:
+        """The greedy answer and the seconds to its first token; leaves the cache as it was."""
+        before, start = cache.get_seq_length(), time.perf_counter()
+        first = int(self._logits(question, cache, keep=1)[-1].argmax())
+        seconds = time.perf_counter() - start
+        tokens = self._greedy(cache, first, right)
+        cache.crop(before - cache.get_seq_length())
+        return tokens, seconds
+
+    def _greedy(self, cache: DynamicCache, first: int, right: Sequence[int]) -> tuple[int, ...]:
+        """Decode, in one pass as far as the answer is the right one."""
+        found = [first]
+        if first == right[0] and len(right) > 1:
+            guessed = self._logits(right[:-1], cache).argmax(-1).tolist()
+            good = next((i for i, (g, r) in enumerate(zip(guessed, right[1:], strict=True)) if g != r), None)
+            if good is None:
+                return tuple(right)
+            found = [*right[: good + 1], guessed[good]]
+            if good + 2 < len(right):
+                cache.crop(good + 2 - len(right))
+        while found[-1] != right[-1] and len(found) < len(right) + 16:
+            found.append(int(self._logits(found[-1:], cache)[-1].argmax()))
+        return tuple(found)
+
+    def _logits(self, tokens: Sequence[int], cache: DynamicCache, *, keep: int = 0) -> torch.Tensor:
+        ids = torch.tensor([list(tokens)], device=self.device)
+        logits: torch.Tensor = self.network(ids, past_key_values=cache, logits_to_keep=keep).logits[0]
+        return logits
+
+
+class Bench:
+    """A model, asked about one context after the other.
+
+    Args:
+        model: the decoder.
+        window: positions it was trained for.
+        longest: contexts of more tokens are not read by full attention.
+    """
+
+    def __init__(self, model: Model, *, window: int, longest: int) -> None:
+        self.model, self.window, self.longest = model, window, longest
+        self.form, self.stock = Form(model), Stock(model)
+
+    def open(self, context: Context) -> Opened:
+        """Encode a context's units once, and read it in full once."""
+        return Opened(self, context)
+
+
+class Opened:
+    """One context: its units' rows, and the caches of full attention."""
+
+    def __init__(self, bench: Bench, context: Context) -> None:
+        self.bench, self.context = bench, context
+        form = bench.form
+        # The store is where the engine finds the units again when an answer has to be decoded.
+        self.caches = Caches(bench.model, MemoryStore())
+        self.texts = context.parts
+        self.units = [form.text.tokenize(part) for part in self.texts]
+        start = time.perf_counter()
+        self.rows: list[KV] = [d.kv for d in self.caches.documents(form.prefix, self.units)]
+        self.encode_seconds = time.perf_counter() - start
+        self.prefix = self.caches.prefix(form.prefix)
+        self._behind: dict[str, list[KV]] = {"": self.rows}
+        self._read: dict[int, tuple[DynamicCache, float]] = {}
+
+    def arrangement(self, question: str, behind: str = "") -> Arrangement:
+        """The prompt as the engine composes it, of units that were encoded behind something or not."""
+        if behind not in self._behind:
+            contexts = self._before() if behind == "before" else self._similar()
+            form, rows = self.bench.form, self.rows
+            self._behind[behind] = [
+                self.caches.encode(form.prefix + context, [unit], keep=False)[0] if context else row
+                for context, unit, row in zip(contexts, self.units, rows, strict=True)
+            ]
+        return compose(self.bench.form.plan(self.units, question), self.prefix, self._behind[behind])
+
+    def _before(self) -> list[tuple[int, ...]]:
+        """For each unit, the parts before it in its document."""
+        found = []
+        for document in self.context.documents:
+            found += [self._joined(document.parts[:i]) for i in range(len(document.parts))]
+        return found
+
+    def _similar(self, count: int = 2) -> list[tuple[int, ...]]:
+        """For each unit, the most similar others of the context, the most similar one last."""
+        vectors = torch.tensor(numpy.array(HashedEmbedding()(self.texts)))
+        likeness = torch.nn.functional.normalize(vectors, dim=-1)
+        likeness = (likeness @ likeness.T).fill_diagonal_(-1.0)
+        count = min(count, len(self.texts) - 1)
+        nearest = likeness.topk(count).indices.flip(-1).tolist() if count else [[] for _ in self.texts]
+        return [self._joined([self.texts[i] for i in near]) for near in nearest]
+
+    def _joined(self, parts: Sequence[str]) -> tuple[int, ...]:
+        form = self.bench.form
+        return tuple(token for part in parts for token in (*form.text.tokenize(part), *form.separator))
+
+    def num_tokens(self, question: str, num_units: int | None = None) -> int:
+        """Length of the prompt with the first units."""
+        return self.bench.form.plan(self.units[:num_units], question).num_tokens
+
+    def full(self, asked: Asked, num_units: int) -> tuple[tuple[int, ...], float]:
+        """Answer of full attention over the first units, and the seconds to its first token."""
+        form = self.bench.form
+        question, right = form.question(asked.question.text), form.answer(asked.question.answer)
+        if num_units not in self._read:
+            documents = form.plan(self.units[:num_units], asked.question.text).tokens[: -len(question)]
+            self._read[num_units] = self.bench.stock.read(documents)
+        cache, before = self._read[num_units]
+        tokens, seconds = self.bench.stock.ask(cache, question, right)
+        return tokens, before + seconds
+
+    def num_fitting(self, question: str) -> int:
+        """Units of the documents that fit into the window, those from the end of retrieval order left out."""
+        borders = [0]
+        for document in self.context.documents:
+            borders.append(borders[-1] + len(document.parts))
+        room = self.bench.window - ROOM
+        return next((n for n in reversed(borders[1:]) if self.num_tokens(question, n) <= room), 0)
+
+    def ask(self, asked: Asked, entries: Sequence[Entry], seed: int) -> dict[str, Any]:
+        """One question in every way; the record of it."""
+        text, right = asked.question.text, self.bench.form.answer(asked.question.answer)
+        num, fitting = len(self.units), self.num_fitting(text)
+        tokens = self.num_tokens(text)
+        results: dict[str, Result] = {}
+        greedy: tuple[int, ...] | None = None
+        if tokens <= self.bench.longest:
+            greedy, seconds = self.full(asked, num)
+            results[FULL] = Result(greedy == right, True, seconds)
+        short, seconds = self.full(asked, fitting) if fitting < num or greedy is None else (greedy, seconds)
+        results[TRUNCATED] = Result(short == right, short == greedy, seconds)
+        record = {
+            "kind": asked.question.kind,
+            "documents": len(self.context.documents),
+            "rank": self.context.rank,
+            "place": self.context.place,
+            "units": num,
+            "tokens": tokens,
+            "fits": fitting == num,
+        }
+        hint = Hint(tuple(float(i in asked.needed) for i in range(num)), seed)
+        arrangement = self.arrangement(text)
+        for entry in entries:
+            if len(self.context.documents) < entry.least:
+                continue
+            policy = entry.make(hint)
+            if entry.decoded:
+                results[entry.name] = self._decoded(asked, policy, right, greedy)
+                continue
+            prompt = self.arrangement(text, entry.behind) if entry.behind else arrangement
+            results[entry.name], looked = self._looked(prompt, policy, right, greedy)
+            if entry.name == PLAIN:
+                risk = looked.risk
+                record["risk"] = [round(r, 5) for r in (risk.entropy, risk.others, risk.doubt)]
+                record["best"] = self._best(looked, asked)
+        return record | {"answers": {name: result.packed() for name, result in results.items()}}
+
+    def _looked(
+        self,
+        arrangement: Arrangement,
+        policy: Policy,
+        right: Sequence[int],
+        greedy: Sequence[int] | None,
+    ) -> tuple[Result, Look]:
+        model, start = self.bench.model, time.perf_counter()
+        looked = look(model, arrangement, policy, max_new_tokens=ROOM)
+        first = int(looked.read.logits[-1].argmax())
+        seconds = time.perf_counter() - start
+        # Answers are tried on a copy of the fresh rows where two of them have to be.
+        spare = copy.deepcopy(looked.fresh) if greedy is not None and greedy != right else None
+        is_right = says(model, looked, policy, right, first)
+        is_same = is_right and greedy == right
+        if spare is not None and greedy is not None:
+            is_same = says(model, looked, policy, greedy, first, fresh=spare)
+        return Result(is_right, is_same, seconds, looked.recomputed), looked
+
+    def _decoded(
+        self, asked: Asked, policy: Policy, right: Sequence[int], greedy: Sequence[int] | None
+    ) -> Result:
+        form = self.bench.form
+        request = Request(
+            form.prompt.render(self.texts, asked.question.text),
+            {str(i): text for i, text in enumerate(self.texts)},
+            form.prompt.prefix,
+            form.prompt.is_rendered,
+            Sampling(max_new_tokens=max(len(right), len(greedy or ()))),
+            policy,
+        )
+        *_, given = answer(self.caches, request)
+        assert isinstance(given, Answer)
+        tokens = given.tokens
+        return Result(tokens == tuple(right), tokens == greedy, given.timing.prefill)
+
+    def _best(self, looked: Look, asked: Asked) -> list[list[int]]:
+        """For each way of scoring, the layers whose best unit holds a fact, as 0 or 1."""
+        return [
+            [int(best in asked.gold) for best in scores.argmax(-1).tolist()] for scores in unit_scores(looked)
+        ]
+
+
+def unit_scores(looked: Look) -> torch.Tensor:
+    """[variant, L, U]: attention of the question to each unit, in the order of `VARIANTS`."""
+    units = [i for i, s in enumerate(looked.composed.table) if s.document is not None]
+    first, found = looked.composed.question, []
+    for seen in (looked.read.mass[:, units], looked.read.focus[:, units]):
+        found += [seen[..., first:].mean(-1), seen[..., -1]]
+    return torch.stack(found)
+
+
+def says(
+    model: Model, looked: Look, policy: Policy, tokens: Sequence[int], first: int, *, fresh: Any = None
+) -> bool:
+    """Whether greedy decoding behind a look begins with these tokens; fills the fresh rows."""
+    if first != tokens[0]:
+        return False
+    if len(tokens) == 1:
+        return True
+    rows = looked.fresh if fresh is None else fresh
+    end = looked.composed.end
+    found = read(
+        model,
+        looked.tables.seen_from(rows.num_rows),
+        tokens[:-1],
+        range(end, end + len(tokens) - 1),
+        rows,
+        looking=Looking(policy.group) if policy.group else None,
+        logits_to_keep=0,
+    )
+    return found.logits.argmax(-1).tolist() == list(tokens[1:])
