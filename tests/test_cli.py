@@ -408,7 +408,7 @@ def test_bad_input_is_one_line(
             "layers is 3; pruning .* can use 0 to 2 of this model",
         ),
         (["ask", "Who?", "--layers=-1,2", "--keep", "1"], "layers is -1, 2; pruning .* can use 0 to 2"),
-        (["ask", "Who? " * 1000], "reads 2304; .* retrieve fewer"),
+        (["ask", "Who? " * 1000], "reads 4096; .* retrieve fewer"),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
 )
