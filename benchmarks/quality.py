@@ -110,7 +110,7 @@ def turns(args: argparse.Namespace, folder: Folder) -> Iterator[tuple[int, int, 
 
 def is_core(entry: Entry, num_documents: int) -> bool:
     """Whether a policy answers in every turn; repairs of many documents take most of the time."""
-    return entry.name in CORE and not (num_documents >= MANY and entry.family == "repair")
+    return entry.name in CORE and not (num_documents >= MANY and entry.family in ("repair", "offline"))
 
 
 def asked(

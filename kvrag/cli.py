@@ -13,6 +13,18 @@ import typer
 
 from kvrag.config import Sampling, home
 from kvrag.errors import InputError, KVRagError
+from kvrag.options import (
+    ChromaOption,
+    CollectionOption,
+    DeviceOption,
+    DtypeOption,
+    HomeOption,
+    JsonOption,
+    ModelOption,
+    check_layers,
+    parse_keep,
+    parse_layers,
+)
 from kvrag.terminal import print_json, print_reply, print_rows, progress_bar, size, stderr, stdout
 
 # Typer brings a Click of its own or uses the one there is, depending on the version.
@@ -29,23 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Folder of collection and caches [KVRAG_HOME, else ./.kvrag].")
-]
-ChromaOption = Annotated[
-    str | None, typer.Option("--chroma", help="Address of a Chroma server, http://localhost:8000.")
-]
-CollectionOption = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="Folder or hub name of a model [the one used last; kvrag/reader]."),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, ... [the GPU if there is one].")
-]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 
 
 def _open(folder: Path | None, chroma: str | None, collection: str) -> Any:
@@ -186,10 +181,10 @@ def ask(
 
     if not question.strip():
         raise InputError("the question is empty")
-    pruned_by = _layers(layers)
+    pruned_by = parse_layers(layers)
     chosen = policy_of(
         policy,
-        keep=_keep(keep),
+        keep=parse_keep(keep),
         layers=pruned_by,
         rows=rows,
         repair=repair,
@@ -201,7 +196,7 @@ def ask(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     out = stdout()
     with _engine(place, model, device, dtype) as engine, place.corpus(engine) as corpus:
-        _check_layers(pruned_by, engine.model.num_layers)
+        check_layers(pruned_by, engine.model.num_layers)
         form = place.form(engine)
         asked = stream(engine, corpus, question, k=k, form=form, sampling=sampling, policy=chosen)
         for piece in asked:
@@ -215,37 +210,6 @@ def ask(
     print_reply(reply)
     if plan:
         out.print(explain(reply.answer.plan))
-
-
-def _keep(text: str | None) -> int | float | None:
-    """A number of documents, or a share of them."""
-    if text is None:
-        return None
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError as error:
-        raise InputError(
-            f"keep is {text!r}; expected a number of documents (4) or a share of them (0.5)"
-        ) from error
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    """Numbers of layers."""
-    if text is None:
-        return None
-    try:
-        return tuple(sorted({int(number) for number in text.split(",")}))
-    except ValueError as error:
-        raise InputError(f"layers is {text!r}; expected numbers of layers, such as 1 or 1,2") from error
-
-
-def _check_layers(layers: tuple[int, ...] | None, num_layers: int) -> None:
-    """Refuse layers that there are not, and the last one, behind which nothing is left to prune."""
-    if layers and not (min(layers) >= 0 and max(layers) < num_layers - 1):
-        wrong = ", ".join(map(str, layers))
-        raise InputError(
-            f"layers is {wrong}; pruning by attention can use 0 to {num_layers - 2} of this model"
-        )
 
 
 @app.command("ls")

@@ -148,6 +148,9 @@ def _read(
     layers = repair.column_layers(model.num_layers) if repair else frozenset()
     if policy.spans:
         layers |= frozenset(range(model.num_layers))
+    from_row = composed.question
+    if repair is not None and repair.by_last_row:
+        from_row = len(composed.tokens) - 1
     fresh = FreshRows(model.num_layers)
     fresh.standing = {s.document: s.first_row for s in composed.table if s.document is not None and s.hidden}
     found = read_prompt(
@@ -157,7 +160,7 @@ def _read(
         composed.positions,
         fresh,
         tables=focus,
-        looking=Looking(policy.group, layers, composed.question),
+        looking=Looking(policy.group, layers, from_row),
     )
     columns = {layer: _by_document(composed, values) for layer, values in found.columns.items()}
     documents = [i for i, s in enumerate(composed.table) if s.document is not None]

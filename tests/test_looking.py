@@ -435,6 +435,18 @@ def test_neighbours_are_part_of_what_is_kept(tmp_path: Path) -> None:
         assert behind.documents[0].mass != alone.documents[0].mass
 
 
+def test_the_last_row_may_decide_what_is_read_again() -> None:
+    found, arranged = model(), arrangement()
+    plain = look(found, arranged, Policy(repair=QueryDriven(0.2, layers=(1,))))
+    last = look(found, arranged, Policy(repair=QueryDriven(0.2, layers=(1,), looked_by="last")))
+    hidden = [[s.hidden for s in looked.composed.table] for looked in (plain, last)]
+    assert hidden[0] != hidden[1]
+    sums = {n: float(c.sum()) for n, c in last.columns[1].items()}
+    places = {s.document: i for i, s in enumerate(look(found, arranged, PLAIN).composed.table)}
+    mass = look(found, arranged, PLAIN).read.mass[1, :, -1]
+    assert all(sums[n] == pytest.approx(float(mass[places[n]]), rel=1e-4) for n in sums)
+
+
 def test_first_rows_leave_the_first_document_alone() -> None:
     arranged = arrangement()
     looked = look(model(), arranged, Policy(repair=FirstRows(3)))

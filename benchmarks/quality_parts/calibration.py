@@ -67,8 +67,8 @@ def chosen(found: dict[str, Any], num_layers: int, given: Sequence[int] | None =
     # The first of equals: fewer layers, and plain mass before squared.
     single = max((row for row in early if len(row[1]) == 1), key=lambda row: row[2])
     pair = max((row for row in early if len(row[1]) == 2), key=lambda row: row[2], default=single)
-    columns = max((row for row in found["precision"] if row[0] == VARIANTS[0]), key=lambda row: row[2])
-    return Scores(_score(single), _score(pair), tuple(columns[1]))
+    columns = max((row for row in found["precision"] if row[0] in VARIANTS[:2]), key=lambda row: row[2])
+    return Scores(_score(single), _score(pair), tuple(columns[1]), _score(columns).rows)
 
 
 def _score(row: Sequence[Any]) -> AttentionScore:
@@ -82,14 +82,16 @@ def described(scores: Scores) -> dict[str, Any]:
     return {
         "best layer": _words(scores.single),
         "best pair": _words(scores.pair),
-        "best layers for repair": f"{_named(scores.columns)}, mass of rows",
+        "best layers for repair": f"{_named(scores.columns)}, rows looked at by {_LOOKED[scores.looked_by]}",
     }
 
 
 def _words(score: AttentionScore) -> str:
     what = "squared mass" if score.squared else "mass"
-    where = "the question" if score.rows == "question" else "its last row"
-    return f"{_named(score.layers or ())}, {what} over {where}"
+    return f"{_named(score.layers or ())}, {what} over {_LOOKED[score.rows]}"
+
+
+_LOOKED = {"question": "the question", "last": "its last row"}
 
 
 def _named(layers: Sequence[int]) -> str:

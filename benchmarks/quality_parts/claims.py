@@ -173,7 +173,7 @@ def _goals(m: Measured) -> list[Verdict]:
     repairs = [
         policy
         for policy, family in m.families.items()
-        if family == "repair" and all(_affordable(m.cell(policy, n, ALL)) for n in nums)
+        if family in ("repair", "offline") and all(_affordable(m.cell(policy, n, ALL)) for n in nums)
     ]
     if not nums or not repairs:
         return []

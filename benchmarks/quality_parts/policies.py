@@ -22,6 +22,7 @@ CORE = frozenset(
         *(PLAIN, "naive", "PCW", "APE .9/.9"),
         *("keep .5, sort", "keep .5, random", "keep .5, rank", "keep 2, best layer"),
         *("EPIC 16", "query-driven .15, best layers", "encoded behind parts before"),
+        "parts before + query-driven",
     }
 )
 
@@ -69,11 +70,13 @@ class Scores:
         single: for pruning, one layer.
         pair: for pruning, two layers.
         columns: for repair, one layer or two.
+        looked_by: for repair, whose attention.
     """
 
     single: AttentionScore
     pair: AttentionScore
     columns: tuple[int, ...]
+    looked_by: Literal["question", "last"] = "question"
 
 
 def entries(scores: Scores, window: int) -> list[Entry]:
@@ -84,7 +87,7 @@ def entries(scores: Scores, window: int) -> list[Entry]:
         window: positions the model was trained for.
     """
     made = [*_layouts(), *_pruned(), *_controls(), *_best(scores), *_second(), *_repairs(scores)]
-    made += _offline()
+    made += _offline(scores)
     return [replace(entry, make=_within(entry.make, window)) for entry in made]
 
 
@@ -178,7 +181,7 @@ def _second() -> list[Entry]:
 
 
 def _repairs(scores: Scores) -> list[Entry]:
-    best = QueryDriven(layers=scores.columns)
+    best = QueryDriven(layers=scores.columns, looked_by=scores.looked_by)
     sort, focused = _pruning(0.5, "sort", AttentionScore()), scores.single
     repaired = {
         "EPIC 4": Policy(name="epic", repair=FirstRows(4)),
@@ -195,10 +198,15 @@ def _repairs(scores: Scores) -> list[Entry]:
     return [_fixed(name, "repair", policy) for name, policy in repaired.items()]
 
 
-def _offline() -> list[Entry]:
+def _offline(scores: Scores) -> list[Entry]:
+    best = QueryDriven(layers=scores.columns, looked_by=scores.looked_by)
+    repaired = Policy(name="query-driven", repair=best)
     return [
-        Entry(f"encoded behind {name}", "offline", lambda _: presets.PLAIN, behind=behind)
-        for name, behind in _BEHIND.items()
+        *(
+            Entry(f"encoded behind {name}", "offline", lambda _: presets.PLAIN, behind=behind)
+            for name, behind in _BEHIND.items()
+        ),
+        Entry("parts before + query-driven", "offline", lambda _: repaired, behind="before"),
     ]
 
 

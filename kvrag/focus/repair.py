@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -46,6 +46,11 @@ class Repair(Protocol):
         """Layers whose attention to single rows is wanted from the first reading."""
         ...
 
+    @property
+    def by_last_row(self) -> bool:
+        """Whether only the question's last row counts for that, the one that chooses the first token."""
+        ...
+
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """Rows to read again, by document number."""
         ...
@@ -76,6 +81,11 @@ class FirstRows:
     def column_layers(self, num_layers: int) -> frozenset[int]:
         """None."""
         return frozenset()
+
+    @property
+    def by_last_row(self) -> bool:
+        """No row counts."""
+        return False
 
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """See `Repair`."""
@@ -114,6 +124,11 @@ class Deviation:
         """None."""
         return frozenset()
 
+    @property
+    def by_last_row(self) -> bool:
+        """No row counts."""
+        return False
+
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """See `Repair`."""
         if self.share == 1:
@@ -128,14 +143,18 @@ class QueryDriven:
     Attributes:
         share: of all rows of the surviving documents that are read again.
         layers: whose attention chooses; None: the last layer's, as in FusionRAG.
+        looked_by: "question": all its rows; "last": the row that chooses the first token.
     """
 
     share: float = 0.15
     layers: tuple[int, ...] | None = None
+    looked_by: Literal["question", "last"] = "question"
 
     def __post_init__(self) -> None:
-        """Refuse impossible shares."""
+        """Refuse impossible settings."""
         _check_share(self.share)
+        if self.looked_by not in ("question", "last"):
+            raise ConfigError(f"looked_by={self.looked_by!r}: expected 'question' or 'last'")
 
     @property
     def needs_question(self) -> bool:
@@ -145,6 +164,11 @@ class QueryDriven:
     def column_layers(self, num_layers: int) -> frozenset[int]:
         """The layers that choose."""
         return frozenset((num_layers - 1,) if self.layers is None else self.layers)
+
+    @property
+    def by_last_row(self) -> bool:
+        """As it was asked for."""
+        return self.looked_by == "last"
 
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """See `Repair`."""

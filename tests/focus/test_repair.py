@@ -73,6 +73,7 @@ def test_as_many_rows_as_the_share_says(lengths: list[int], share: float) -> Non
         (Deviation, {"share": 1.1}),
         (Deviation, {"layer": 0}),
         (QueryDriven, {"share": -0.1}),
+        (QueryDriven, {"looked_by": "all"}),
     ],
 )
 def test_impossible_settings_are_refused(kind: type[Repair], wrong: dict[str, float]) -> None:
