@@ -177,7 +177,7 @@ def policy_of(
         name: of a preset.
         keep: documents left by pruning, a number or a share.
         layers: prune by the attention of these layers, right behind the last of them (`kvrag doctor` says
-            which find the right documents); None: of all, as the policy says.
+            which find the right documents), and choose rows to read again by it; None: as the policy says.
         rows: whose attention that is, see `AttentionScore`.
         repair: share of the documents' rows read again; those the question looks at most, unless the policy
             has its own way to choose a share.
@@ -192,16 +192,19 @@ def policy_of(
     if keep is not None:
         name += "" if pruning else "+pruning"
         pruning = replace(pruning or Pruning(), keep=keep)
-    if layers is not None or rows != "question":
-        if pruning is None:
-            raise ConfigError(f"policy {name!r} does not prune; set keep, or take cachefocus")
-        start = max(layers) + 1 if layers else pruning.start
-        pruning = replace(pruning, start=start, scorer=AttentionScore(layers, rows=rows))
     if repair is not None:
         if isinstance(mended, FirstRows):
             raise ConfigError(f"policy {name!r} reads the first rows of documents again, not a share of them")
         name += "" if mended else "+query-driven"
         mended = replace(mended, share=repair) if isinstance(mended, Deviation) else QueryDriven(repair)
+    if layers is not None or rows != "question":
+        if pruning is None and not isinstance(mended, QueryDriven):
+            raise ConfigError(f"policy {name!r} does not prune; set keep, or take cachefocus")
+        if pruning is not None:
+            start = max(layers) + 1 if layers else pruning.start
+            pruning = replace(pruning, start=start, scorer=AttentionScore(layers, rows=rows))
+        if isinstance(mended, QueryDriven):
+            mended = replace(mended, layers=layers, looked_by=rows)
     if max_risk is not None and not 0 <= max_risk <= 1:
         raise ConfigError(f"max_risk={max_risk}: expected 0 to 1")
     return replace(policy, name=name, pruning=pruning, repair=mended, max_risk=max_risk, spans=spans)

@@ -19,6 +19,7 @@ from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError, StoreWriteError
 from kvrag.focus.policy import PRESETS
 from kvrag.focus.pruning import AttentionScore
+from kvrag.focus.repair import QueryDriven
 from kvrag.home import Home, file_of, ingest
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
@@ -414,6 +415,17 @@ def test_without_a_model_a_corpus_can_only_be_looked_at(home: Home, engine: Engi
         assert corpus.stats().documents == 1
         with pytest.raises(ConfigError, match="no model is loaded"):
             corpus.add([FERRY])
+
+
+def test_layers_and_rows_choose_what_is_read_again_too() -> None:
+    both = policy_of("cachefocus", layers=(1,), rows="last", repair=0.1)
+    assert isinstance(both.repair, QueryDriven)
+    assert (both.repair.share, both.repair.layers, both.repair.looked_by) == (0.1, (1,), "last")
+    assert both.pruning is not None
+    assert both.pruning.start == 2
+    alone = policy_of("query-driven", layers=(2,))
+    assert isinstance(alone.repair, QueryDriven)
+    assert (alone.pruning, alone.repair.layers) == (None, (2,))
 
 
 def test_chunks_can_be_encoded_behind_similar_ones(home: Home, engine: Engine) -> None:
