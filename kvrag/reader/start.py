@@ -7,7 +7,7 @@ model finds out that answers are to be looked up in its context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -102,6 +102,19 @@ def _carry_embeddings(
         hint = torch.tensor([math.cos(angle), math.cos(2 * angle), math.sin(2 * angle)]) @ directions
         for form in (f"{number:02d}", f" {number:02d}"):
             target[vocabulary[form]] += 0.25 * length * hint
+
+
+@torch.no_grad()
+def averaged(folders: Sequence[Path]) -> LlamaForCausalLM:
+    """The mean of readers of one shape and vocabulary, from one run of training.
+
+    Weights from different ends of a run often make a better reader than any of them (Wortsman et al. 2022,
+    "Model soups", arXiv:2203.05482).
+    """
+    model, *others = [LlamaForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders]
+    for p, *same in zip(model.parameters(), *(o.parameters() for o in others), strict=True):
+        p.copy_(torch.stack([p, *same]).mean(0))
+    return model
 
 
 @torch.no_grad()

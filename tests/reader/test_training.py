@@ -2,7 +2,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvrag import reader
-from kvrag.reader import autograd, rows, start, tokenizer
+from kvrag.reader import autograd, rows, start, tokenizer, training
 from kvrag.reader.about import About
 from kvrag.reader.muon import Muon, orthogonalised
 from kvrag.reader.world import World
@@ -135,3 +135,29 @@ def test_whom_a_word_is_about_can_be_learned():
     assert loss.item() < 0.3 * first
     assert right > 0.9
     assert task(after, torch.full_like(about, -1), embeddings) == (0.0, 0.0)
+
+
+def test_the_mean_of_readers_is_a_reader(tmp_path):
+    made = tokenizer.build()
+    folders = []
+    for seed in range(2):
+        model = start.structured(made, seed)
+        training.export(model, made, tmp_path / str(seed))
+        folders.append(tmp_path / str(seed))
+    mean = start.averaged(folders)
+    both = [LlamaForCausalLM.from_pretrained(folder) for folder in folders]
+    for found, *parts in zip(mean.parameters(), *(m.parameters() for m in both), strict=True):
+        torch.testing.assert_close(found, sum(parts) / 2)
+
+
+def test_the_mean_over_steps_is_put_in_place_and_taken_out_again():
+    model = tiny()
+    mean = training._Mean(model)
+    first = next(model.parameters())
+    with torch.no_grad():
+        for step, value in enumerate((1.0, 2.0, 6.0), 1):
+            first.fill_(value)
+            mean.add(step)
+    with mean.in_place():
+        torch.testing.assert_close(first, torch.full_like(first, 3.0))
+    assert (first == 6).all()
