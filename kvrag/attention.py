@@ -269,17 +269,18 @@ class TableReading:
             group=self.looking.group,
         )
         mass = attended.mass
-        own = _Part(call, rows[-1], layout.own_turn, mass[-1], scale)
+        own = _Part(call, rows[-1], layout.own_turn, attended.mass[-1], scale)
         standing = {i: span for place, i in enumerate(read) if (span := self._standing(table.segments[i]))}
         if standing and self.looking.from_row < call.query.shape[2]:
             places = [place for place, i in enumerate(read) if i in standing]
+            mass = mass.clone()  # the segments' own masses are still needed
             mass[places] += own.masses(list(standing.values()), self.looking.from_row)
         if len(table):
             self._note(layer, mass[:-1, 0], read, len(table))
         if layer in self.looking.column_layers:
             parts = [
-                _Part(call, rows[place], layout.turn and _turn_of(layout.turn, place), mass[place], scale)
-                for place in range(len(read))
+                _Part(call, rows[place], layout.turn and _turn_of(layout.turn, place), own_mass, scale)
+                for place, own_mass in enumerate(attended.mass[:-1])
             ]
             self.columns[layer] = self._columns(table, read, parts, own, standing)
         return attended.out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,21 +70,22 @@ class Room:
     capacity: int
 
     @classmethod
-    def of(cls, arrangement: Arrangement, limit: int, max_new_tokens: int) -> Room:
+    def of(cls, arrangement: Arrangement, placement: Placement, max_length: int, max_new_tokens: int) -> Room:
         """What the question leaves to documents.
 
-        A prompt that fits as it is gets what it needs, and its answer the rest; one that does not leaves room
-        for the answer, at most an eighth of all positions.
+        Documents that fit as the placement lays them get what they need, and the answer the rest; others
+        leave room for the answer, at most an eighth of all positions.
 
         Raises:
             ContextOverflow: prefix and question alone leave no room for an answer.
         """
+        limit = placement.limit(max_length)
         fixed = arrangement.start + len(arrangement.question)
         if fixed + 1 > limit:
             raise ContextOverflow(
                 f"the prompt has {fixed} tokens without its documents and the model reads {limit}; shorten it"
             )
-        total = fixed + sum(unit.length for unit in arrangement.units)
+        total = fixed + placement.span([unit.length for unit in arrangement.units])
         answer = 1 if total < limit else max(1, min(max_new_tokens, limit // 8))
         return cls(limit, limit - fixed - answer)
 
@@ -101,7 +102,7 @@ def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_toke
     Raises:
         ContextOverflow: question and prefix, or one document, do not fit into the positions.
     """
-    room = Room.of(arrangement, policy.placement.window or model.max_length, max_new_tokens)
+    room = Room.of(arrangement, policy.placement, model.max_length, max_new_tokens)
     arranged, placed = place(arrangement, policy.placement, room.capacity)
     repair = policy.repair if arranged.units else None
     if repair is None or repair.needs_question or policy.pruning is not None:
@@ -245,7 +246,6 @@ class _FirstLayers:
 
     table: SegmentTable
     last: int
-    seen: list[int] = field(default_factory=list)
 
     def at(self, layer: int) -> SegmentTable:
         if layer > self.last:
@@ -253,7 +253,7 @@ class _FirstLayers:
         return self.table
 
     def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
-        self.seen.append(layer)
+        """Nothing depends on it."""
 
 
 def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, torch.Tensor]:

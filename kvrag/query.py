@@ -69,7 +69,7 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     behind = Behind(
         looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=looking
     )
-    second = _SecondLook(policy, looked, behind, model.num_layers)
+    second = _SecondLook(policy, looked, behind)
     decoding = Decoding(model.text, sampling.stop)
     attention = Attention()
     tokens: list[int] = []
@@ -144,7 +144,7 @@ def _contexts(caches: Caches, request: Request, planned: PromptPlan) -> list[Tok
 class _SecondLook:
     """Lets the first tokens of the answer read every document, and decides by them who stays."""
 
-    def __init__(self, policy: Policy, looked: Look, behind: Behind, num_layers: int) -> None:
+    def __init__(self, policy: Policy, looked: Look, behind: Behind) -> None:
         self._look = policy.second_look
         self._behind = behind
         self._everyone = looked.everyone.seen_from(looked.fresh.num_rows)
@@ -208,7 +208,7 @@ def _check(model: Model, planned: PromptPlan, policy: Policy) -> None:
         raise InputError("the prompt has no tokens; give a question")
     lengths = [len(span.tokens) for span in planned.cached]
     least = planned.num_tokens - sum(lengths) + max(lengths, default=0)
-    limit = policy.placement.window or model.max_length
+    limit = policy.placement.limit(model.max_length)
     if least >= limit and policy.placement.beyond != "extrapolate":
         raise ContextOverflow(
             f"the prompt has {planned.num_tokens} tokens and the model reads {limit}; documents can share "
@@ -218,12 +218,14 @@ def _check(model: Model, planned: PromptPlan, policy: Policy) -> None:
 
 def _within(model: Model, looked: Look, request: Request) -> Sampling:
     """The settings with no more tokens than there are positions for."""
-    room = model.max_length - looked.composed.end
-    if request.policy.placement.beyond == "extrapolate":
+    placement = request.policy.placement
+    limit = placement.limit(model.max_length)
+    room = limit - looked.composed.end
+    if placement.beyond == "extrapolate":
         room = max(room, request.sampling.max_new_tokens)
     if room < 1:
         raise ContextOverflow(
-            f"the prompt takes {looked.composed.end} positions and the model reads {model.max_length}; "
+            f"the prompt takes {looked.composed.end} positions and the model reads {limit}; "
             "retrieve fewer or shorter documents"
         )
     return replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))

@@ -292,6 +292,24 @@ def test_beyond_the_window_documents_share_and_the_query_stays_inside() -> None:
         look(found, arranged, Policy(placement=Placement(window=20)))
 
 
+def test_slots_that_exceed_the_window_leave_room_for_the_answer() -> None:
+    found, arranged = model(), arrangement()
+    window = arranged.query + len(arranged.question) + 10  # enough side by side, too little in equal slots
+    looked = look(found, arranged, Policy(placement=Placement("slots", window=window)), max_new_tokens=16)
+    assert window - looked.composed.end == 16
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_single_rows_sum_to_their_document_when_some_were_read_again(share: float) -> None:
+    looked = look(model(), arrangement(), Policy(repair=Deviation(share), spans=True))
+    rows = looked.read.mass[..., looked.composed.question :].mean(-1)
+    for layer, columns in looked.columns.items():
+        for i, segment in enumerate(looked.composed.table):
+            if segment.document is not None:
+                total = float(columns[segment.document].sum())
+                assert total == pytest.approx(float(rows[layer, i]), rel=1e-4)
+
+
 # ---- whole answers
 
 
@@ -318,6 +336,14 @@ def test_every_preset_answers_and_accounts_for_all_attention(engine: Engine, nam
     assert all((u.dropped_at is None) == u.is_read for u in answer.documents)
     assert answer.risk is not None
     assert 0 <= answer.risk.entropy <= 1
+
+
+def test_an_answer_stays_inside_the_trained_window(engine: Engine) -> None:
+    answer = ask(engine, Policy(placement=Placement(window=120)), max_new_tokens=50)
+    assert answer.finish_reason == "length"
+    assert len(answer.tokens) == 120 // 8
+    far = ask(engine, Policy(placement=Placement(window=120, beyond="extrapolate")), max_new_tokens=50)
+    assert len(far.tokens) == 50
 
 
 def test_a_second_look_readmits_and_prunes(engine: Engine) -> None:

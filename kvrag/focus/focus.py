@@ -106,11 +106,6 @@ class Focus:
         """Numbers of the documents that were not dropped."""
         return tuple(self._documents[i] for i in self.survivors)
 
-    @property
-    def score_of(self) -> dict[int, float]:
-        """Running scores by number of the document."""
-        return dict(zip(self._documents, self.scores, strict=True))
-
     def final(self) -> SegmentTable:
         """What decoding reads: the survivors in all layers, at their last places (CacheFocus, sec. 3)."""
         table = self._table

@@ -63,8 +63,7 @@ class Placement:
             placed so until they fit; then `order` alone decides. `extrapolate` goes on behind the range;
             `truncate` leaves the last retrieved documents out and places the rest as if alone. The documents
             of `overlap` and `native` do not move for this; only the query and `truncate` apply.
-        window: positions the model was trained for, for the caller to derive `capacity` from; None: as many
-            as the model says.
+        window: positions the model was trained for, if fewer than it says; `capacity` is derived from them.
 
     Raises:
         ConfigError: a setting has another value than those above, or the window holds nothing.
@@ -82,6 +81,14 @@ class Placement:
                 raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(expected)}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"window is {self.window}; expected at least 1 position, or None")
+
+    def limit(self, max_length: int) -> int:
+        """Positions that prompt and answer may take, of a model that says `max_length`."""
+        return max_length if self.window is None else min(self.window, max_length)
+
+    def span(self, lengths: Sequence[int]) -> int:
+        """Positions from the first document's begin to the query, were there no limit."""
+        return max(lengths, default=0) if self.layout == "overlap" else sum(self._widths(lengths))
 
     def first(self, lengths: Sequence[int], *, start: int, capacity: int) -> Placed:
         """Positions when the prompt is composed.
@@ -166,21 +173,17 @@ class Placement:
     def _within(self, lengths: Sequence[int], capacity: int) -> Sequence[int]:
         """Lengths of the documents that are not left out: all of them, unless `beyond` is `truncate`."""
         kept = len(lengths)
-        while self.beyond == "truncate" and self._span(lengths[:kept]) > capacity:
+        while self.beyond == "truncate" and self.span(lengths[:kept]) > capacity:
             kept -= 1
         return lengths[:kept]
 
     def _widths(self, lengths: Sequence[int]) -> list[int]:
         """Positions that each document takes."""
-        return [max(lengths)] * len(lengths) if self.layout == "slots" else list(lengths)
-
-    def _span(self, lengths: Sequence[int]) -> int:
-        """Positions from the first document's begin to the query, were there no limit."""
-        return max(lengths) if self.layout == "overlap" else sum(self._widths(lengths))
+        return [max(lengths, default=0)] * len(lengths) if self.layout == "slots" else list(lengths)
 
     def _room(self, lengths: Sequence[int], capacity: int) -> int:
         """Positions from the first document's begin to the query."""
-        span = self._span(lengths)
+        span = self.span(lengths)
         return span if self.beyond == "extrapolate" else min(span, capacity)
 
     def _offsets(self, widths: Sequence[int], room: int) -> tuple[int, ...]:

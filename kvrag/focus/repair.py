@@ -7,9 +7,10 @@ attention.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -34,30 +35,32 @@ class Evidence:
     columns: Mapping[int, Mapping[int, torch.Tensor]] = field(default_factory=dict)
 
 
-class Repair(Protocol):
-    """Chooses rows to read again."""
+class Repair(ABC):
+    """Chooses rows to read again; by default without having read the question."""
+
+    __slots__ = ()
 
     @property
     def needs_question(self) -> bool:
         """Whether the question has to be read before rows can be chosen; it is then read twice."""
-        ...
+        return False
 
     def column_layers(self, num_layers: int) -> frozenset[int]:
         """Layers whose attention to single rows is wanted from the first reading."""
-        ...
+        return frozenset()
 
     @property
     def by_last_row(self) -> bool:
         """Whether only the question's last row counts for that, the one that chooses the first token."""
-        ...
+        return False
 
+    @abstractmethod
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """Rows to read again, by document number."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
-class FirstRows:
+class FirstRows(Repair):
     """The first rows of each document but the first (EPIC / LegoLink, arXiv:2410.15332).
 
     They take most of the attention that every independently encoded document grows at its beginning.
@@ -73,20 +76,6 @@ class FirstRows:
         if self.count < 0:
             raise ConfigError(f"count={self.count}: expected 0 or more rows")
 
-    @property
-    def needs_question(self) -> bool:
-        """It does not look at anything."""
-        return False
-
-    def column_layers(self, num_layers: int) -> frozenset[int]:
-        """None."""
-        return frozenset()
-
-    @property
-    def by_last_row(self) -> bool:
-        """No row counts."""
-        return False
-
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """See `Repair`."""
         return {
@@ -95,7 +84,7 @@ class FirstRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Deviation:
+class Deviation(Repair):
     """The rows whose values change most when everything is read (CacheBlend, arXiv:2405.16444, sec. 4).
 
     All documents are read up to `layer`; D_j = sum of (new value - stored value)^2 over heads and dimensions
@@ -115,20 +104,6 @@ class Deviation:
         if self.layer < 1:
             raise ConfigError(f"layer={self.layer}: values of layer 0 never change; expected 1 or more")
 
-    @property
-    def needs_question(self) -> bool:
-        """It looks at documents only."""
-        return False
-
-    def column_layers(self, num_layers: int) -> frozenset[int]:
-        """None."""
-        return frozenset()
-
-    @property
-    def by_last_row(self) -> bool:
-        """No row counts."""
-        return False
-
     def rows(self, arrangement: Arrangement, evidence: Evidence) -> Rows:
         """See `Repair`."""
         if self.share == 1:
@@ -137,7 +112,7 @@ class Deviation:
 
 
 @dataclass(frozen=True, slots=True)
-class QueryDriven:
+class QueryDriven(Repair):
     """The rows that the question looks at most (FusionRAG, arXiv:2601.12904; ProphetKV, arXiv:2602.02579).
 
     Attributes:
