@@ -2,7 +2,8 @@
 
 Questions are asked in turns: in each, one of every kind for every number of documents, so that a run which is
 stopped early has asked every cell equally often. Raw records go to a run folder, where runs with other seeds
-add theirs; what was asked there is not asked again.
+add theirs; what was asked there is not asked again, but policies that are missing are. The report packs all
+records into an archive, with which a new folder begins.
 
     python benchmarks/quality.py --minutes 60           # as many turns as fit
     python benchmarks/quality.py --seed 1               # in a second process, into the same folder
@@ -21,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from quality_parts.calibration import calibrate, chosen, described
 from quality_parts.contexts import draw, kinds_of
 from quality_parts.plots import plot
 from quality_parts.policies import CORE, FULL, TRUNCATED, Entry, entries
+from quality_parts.records import Folder, key_of
 from quality_parts.summary import Record, rows_of, summary
 from tqdm import tqdm
 
@@ -42,59 +43,22 @@ NUMBERS = (1, 2, 5, 10, 20, 40, 80)
 MANY = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A run's folder: what it measures, and the records of all seeds."""
-
-    path: Path
-
-    def adopt(self, made: dict[str, Any]) -> dict[str, Any]:
-        """Keep what a run measures, or check that the folder's runs measured the same.
-
-        Raises:
-            SystemExit: the folder has records of other weights or settings.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "run.json"
-        if not file.exists():
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(made, indent=1) + "\n")
-            partial.replace(file)
-        kept: dict[str, Any] = json.loads(file.read_text())
-        for name in ("weights", "window", "score_layers"):
-            if kept[name] != made[name]:
-                sys.exit(
-                    f"{self.path} has records of {name} {kept[name]}, not {made[name]}; take another --run"
-                )
-        return kept
-
-    def records(self) -> list[Record]:
-        """All records; a line that was cut by a kill is left out."""
-        found = []
-        for file in sorted(self.path.glob("records-*.jsonl")):
-            for line in file.read_text().splitlines():
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return found
-
-    def add(self, seed: int, records: Sequence[Record]) -> None:
-        """Append in one write; a line that was cut is ended first."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        with (self.path / f"records-{seed}.jsonl").open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                text = text if file.read(1) == b"\n" else f"\n{text}"
-            file.write(text.encode())
+def is_core(entry: Entry, num_documents: int) -> bool:
+    """Whether a policy answers in every turn; repairs of many documents take most of the time."""
+    return entry.name in CORE and not (num_documents >= MANY and entry.family in ("repair", "offline"))
 
 
-def turns(args: argparse.Namespace, folder: Folder) -> Iterator[tuple[int, int, list[str]]]:
-    """What is left to ask, as (turn, number of documents, kinds), until questions or time are used up."""
-    done: dict[tuple[int, int], set[str]] = {}
-    for record in folder.records():
-        if record["seed"] == args.seed:
-            done.setdefault((record["turn"], record["documents"]), set()).add(record["kind"])
+def due(policies: Sequence[Entry], turn: int, num: int, rest_every: int) -> list[Entry]:
+    """Policies that answer in a turn."""
+    able = [entry for entry in policies if num >= entry.least]
+    return able if turn % rest_every == 0 else [entry for entry in able if is_core(entry, num)]
+
+
+def turns(
+    args: argparse.Namespace, folder: Folder, policies: Sequence[Entry]
+) -> Iterator[tuple[int, int, dict[str, list[Entry]]]]:
+    """What is left to ask, as (turn, documents, policies by kind), until questions or time are used up."""
+    done = {key_of(record): record["answers"] for record in folder.records()}
     began, longest = time.monotonic(), 0.0
     for turn in tqdm(range(args.questions), desc="turns", disable=args.smoke):
         start = time.monotonic()
@@ -102,27 +66,28 @@ def turns(args: argparse.Namespace, folder: Folder) -> Iterator[tuple[int, int, 
         if args.minutes and start - began + longest > 60 * args.minutes:
             return
         for num in args.documents:
-            left = [k for k in kinds_of(num) if k not in done.get((turn, num), set())]
+            wanted = due(policies, turn, num, args.rest_every)
+            left = {}
+            for kind in kinds_of(num):
+                answers = done.get((args.seed, turn, num, kind), {})
+                if missing := [entry for entry in wanted if entry.name not in answers]:
+                    left[kind] = missing
             if left:
                 yield turn, num, left
         longest = max(longest, time.monotonic() - start)
 
 
-def is_core(entry: Entry, num_documents: int) -> bool:
-    """Whether a policy answers in every turn; repairs of many documents take most of the time."""
-    return entry.name in CORE and not (num_documents >= MANY and entry.family in ("repair", "offline"))
-
-
-def asked(
-    bench: Bench, policies: Sequence[Entry], seed: int, turn: int, num: int, kinds: Sequence[str]
-) -> list[Record]:
-    """One question of each kind, in every way."""
+def asked(bench: Bench, policies: dict[str, list[Entry]], seed: int, turn: int, num: int) -> list[Record]:
+    """One question of each kind, in the ways given for it."""
     found = []
-    for context in draw(seed, num, turn, kinds):
+    for context in draw(seed, num, turn):  # always the same, whatever of it is left to ask
+        wanted = [question for question in context.asked if question.question.kind in policies]
+        if not wanted:
+            continue
         opened = bench.open(context)
-        for question in context.asked:
+        for question in wanted:
             start = time.process_time()
-            record = opened.ask(question, policies, seed=turn * 1000 + num)
+            record = opened.ask(question, policies[question.question.kind], seed=turn * 1000 + num)
             took = round(time.process_time() - start, 3)
             found.append({"seed": seed, "turn": turn, **record, "cpu_seconds": took})
     return found
@@ -218,6 +183,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--score-layers", type=int, nargs="+", help="layers to score by, instead of choosing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "data" / "quality.json")
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        default=ROOT / "docs" / "data" / "quality-records.jsonl.xz",
+        help="all records, written with the report; an empty run folder begins with them",
+    )
     parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument("--report", action="store_true", help="ask nothing, sum up the run folder")
     parser.add_argument("--smoke", action="store_true", help="one turn over few documents, nothing is kept")
@@ -233,7 +204,7 @@ def main() -> None:
         if args.smoke:
             args.documents, args.questions, args.calibrate, args.window = [1, 3], 1, 1, 400
             args.run, args.json = Path(temporary), Path(temporary, "quality.json")
-            args.plots = Path(temporary)
+            args.plots, args.archive = Path(temporary), Path(temporary, "records.jsonl.xz")
         _run(args)
 
 
@@ -246,17 +217,18 @@ def _run(args: argparse.Namespace) -> None:
         "window": args.window,
         "score_layers": args.score_layers,
     }
-    if not (args.run / "run.json").exists():
+    if args.archive and folder.unpack(args.archive, made):
+        print(f"went on with {args.archive}")
+    if not folder.run.exists():
         made["calibration"] = calibrate(bench, (3,) if args.smoke else (5, 10, 20), args.calibrate)
     kept = folder.adopt(made)
     scores = chosen(kept["calibration"], model.num_layers, args.score_layers)
     families = {"placement", *args.families} if args.families else None
     policies = [e for e in entries(scores, args.window) if families is None or e.family in families]
     if not args.report:
-        for turn, num, kinds in turns(args, folder):
-            some = policies if turn % args.rest_every == 0 else [e for e in policies if is_core(e, num)]
+        for turn, num, wanted in turns(args, folder, policies):
             bench.longest = 0 if num >= MANY and turn % args.full_every else args.longest
-            folder.add(args.seed, asked(bench, some, args.seed, turn, num, kinds))
+            folder.add(args.seed, asked(bench, wanted, args.seed, turn, num))
     records = folder.records()
     if not records:
         sys.exit(f"{args.run} has no records; run without --report")
@@ -270,6 +242,8 @@ def _run(args: argparse.Namespace) -> None:
     print(printed(data))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(written(data))
+    if args.archive:
+        folder.pack(args.archive)
     plot(data, args.plots)
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("summary", "contexts", "policies", "claims", "page")
+NAMES = ("summary", "records", "contexts", "policies", "claims", "page")
 
 
 @pytest.fixture(scope="module")
@@ -106,22 +106,83 @@ def test_policies_have_different_names(bench: dict[str, ModuleType]) -> None:
     assert {entry.make(hint).placement.window for entry in made} == {123}
 
 
-def test_a_killed_run_goes_on_where_it_stopped(bench: dict[str, ModuleType], tmp_path: Path) -> None:
-    folder = bench["run"].Folder(tmp_path)
-    args = Namespace(seed=3, questions=2, minutes=None, documents=[1, 5], smoke=True)
-    assert len(list(bench["run"].turns(args, folder))) == 4
-    folder.add(3, [{"seed": 3, "turn": 0, "documents": 1, "kind": kind} for kind in ("one", "crossing")])
-    folder.add(4, [{"seed": 4, "turn": 1, "documents": 1, "kind": "one"}])
+@pytest.fixture
+def policies(bench: dict[str, ModuleType]) -> list[object]:
+    """Two that answer in every turn, two that answer in some, one of them only over many documents."""
+    entry = bench["policies"].Entry
+    make = bench["policies"].presets.naive
+    names = {"re-positioning": 1, "EPIC 16": 1, "keep 1, sort": 1, "truncate": 20}
+    families = {"EPIC 16": "repair"}
+    return [entry(n, families.get(n, "placement"), lambda _: make(), least) for n, least in names.items()]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(
+    bench: dict[str, ModuleType], policies: list[object], tmp_path: Path
+) -> None:
+    folder = bench["records"].Folder(tmp_path)
+    args = Namespace(seed=3, questions=2, minutes=None, documents=[1, 5], smoke=True, rest_every=1)
+    turns = bench["run"].turns
+    assert len(list(turns(args, folder, policies))) == 4
+    answers = {name: [1, 1, 1.0, 0] for name in ("re-positioning", "EPIC 16", "keep 1, sort")}
+    first = {"seed": 3, "turn": 0, "documents": 1, "answers": answers}
+    folder.add(3, [first | {"kind": kind} for kind in ("one", "crossing")])
+    folder.add(4, [first | {"seed": 4, "turn": 1, "kind": "one"}])
     with (tmp_path / "records-3.jsonl").open("a") as file:
         file.write('{"seed": 3, "turn": 0, "docum')
-    folder.add(3, [{"seed": 3, "turn": 0, "documents": 5, "kind": "compare"}])
+    folder.add(3, [first | {"documents": 5, "kind": "compare"}])
     assert len(folder.records()) == 4
-    left = list(bench["run"].turns(args, folder))
+    left = list(turns(args, folder, policies))
     assert [(turn, num, len(kinds)) for turn, num, kinds in left] == [(0, 5, 3), (1, 1, 2), (1, 5, 4)]
 
 
+def test_policies_that_are_missing_are_asked_later(
+    bench: dict[str, ModuleType], policies: list[object], tmp_path: Path
+) -> None:
+    folder, turns = bench["records"].Folder(tmp_path), bench["run"].turns
+    args = Namespace(seed=0, questions=2, minutes=None, documents=[1, 40], smoke=True, rest_every=3)
+
+    def names() -> dict[tuple[int, int], set[str]]:
+        left = turns(args, folder, policies)
+        return {(turn, num): {e.name for e in kinds["one"]} for turn, num, kinds in left}
+
+    everything = {"re-positioning", "EPIC 16", "keep 1, sort"}
+    assert names() == {
+        (0, 1): everything,
+        (0, 40): everything | {"truncate"},
+        (1, 1): {"re-positioning", "EPIC 16"},
+        (1, 40): {"re-positioning"},
+    }
+    key = {"seed": 0, "turn": 1, "documents": 1}
+    for kind in ("one", "crossing"):
+        core = {name: [1, 1, 1.0, 0] for name in ("re-positioning", "EPIC 16")}
+        folder.add(0, [key | {"kind": kind, "risk": [1.0], "answers": core}])
+    args.rest_every = 1
+    assert names()[1, 1] == {"keep 1, sort"}
+    again = {"keep 1, sort": [0, 0, 1.0, 0], "re-positioning": [0, 0, 9.0, 0]}
+    folder.add(0, [key | {"kind": "one", "answers": again}])
+    merged = next(r for r in folder.records() if r["kind"] == "one")
+    assert set(merged["answers"]) == everything
+    assert merged["answers"]["re-positioning"] == [1, 1, 1.0, 0]  # the first time counts
+    assert merged["risk"] == [1.0]
+
+
+def test_a_new_folder_begins_with_the_archive(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    first, archive = bench["records"].Folder(tmp_path / "first"), tmp_path / "archive.jsonl.xz"
+    made = {"weights": "a", "window": 1, "score_layers": None}
+    assert not first.unpack(archive, made)
+    first.adopt(made | {"calibration": 7})
+    first.add(2, [{"seed": 2, "turn": 0, "documents": 1, "kind": "one", "answers": {}}])
+    first.pack(archive)
+    second = bench["records"].Folder(tmp_path / "second")
+    assert not second.unpack(archive, made | {"weights": "b"})
+    assert second.unpack(archive, made)
+    assert second.adopt(made)["calibration"] == 7
+    assert second.records() == first.records()
+    assert not second.unpack(archive, made)  # it has records of its own
+
+
 def test_a_folder_holds_records_of_one_model(bench: dict[str, ModuleType], tmp_path: Path) -> None:
-    folder = bench["run"].Folder(tmp_path)
+    folder = bench["records"].Folder(tmp_path)
     made = {"weights": "a", "window": 1, "score_layers": None}
     assert folder.adopt(made | {"calibration": 1}) == folder.adopt(made) == made | {"calibration": 1}
     with pytest.raises(SystemExit, match="weights a, not b"):
