@@ -8,6 +8,7 @@ records into an archive, with which a new folder begins.
     python benchmarks/quality.py --minutes 60           # as many turns as fit
     python benchmarks/quality.py --seed 1               # in a second process, into the same folder
     python benchmarks/quality.py --rest-every 9         # all but the core of the comparison less often
+    python benchmarks/quality.py --documents 110 --kinds one   # eight windows of one-document questions
     python benchmarks/quality.py --report               # sum up what is there, and ask nothing
     python benchmarks/quality.py --smoke                # seconds, for continuous integration; writes nothing
 """
@@ -29,7 +30,7 @@ import torch
 import transformers
 from quality_parts.asking import VARIANTS, Bench
 from quality_parts.calibration import calibrate, chosen, described
-from quality_parts.contexts import draw, kinds_of
+from quality_parts.contexts import KINDS, draw, kinds_of
 from quality_parts.plots import plot
 from quality_parts.policies import CORE, FULL, TRUNCATED, Entry, entries
 from quality_parts.records import Folder, key_of
@@ -68,7 +69,7 @@ def turns(
         for num in args.documents:
             wanted = due(policies, turn, num, args.rest_every)
             left = {}
-            for kind in kinds_of(num):
+            for kind in (kind for kind in kinds_of(num) if kind in args.kinds):
                 answers = done.get((args.seed, turn, num, kind), {})
                 if missing := [entry for entry in wanted if entry.name not in answers]:
                     left[kind] = missing
@@ -160,6 +161,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--questions", type=int, default=500, help="of each kind and number of documents")
     parser.add_argument("--documents", type=int, nargs="+", default=list(NUMBERS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="only these")
     parser.add_argument("--minutes", type=float, help="stop when the next turn would not fit")
     parser.add_argument("--families", nargs="+", help="only these families of policies, and re-positioning")
     parser.add_argument(
@@ -178,7 +180,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "quality", help="folder of raw records")
     parser.add_argument("--window", type=int, default=2304, help="positions the model was trained for")
-    parser.add_argument("--longest", type=int, default=24_000, help="most tokens that are read in full")
+    parser.add_argument("--longest", type=int, default=16_000, help="most tokens that are read in full")
     parser.add_argument("--calibrate", type=int, default=16, help="turns of the sample that chooses layers")
     parser.add_argument("--score-layers", type=int, nargs="+", help="layers to score by, instead of choosing")
     parser.add_argument("--threads", type=int, default=1)

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+KINDS = ("one", "crossing", "two_hop", "compare")
 NAMES = ("summary", "records", "contexts", "policies", "claims", "page")
 
 
@@ -120,7 +121,9 @@ def test_a_killed_run_goes_on_where_it_stopped(
     bench: dict[str, ModuleType], policies: list[object], tmp_path: Path
 ) -> None:
     folder = bench["records"].Folder(tmp_path)
-    args = Namespace(seed=3, questions=2, minutes=None, documents=[1, 5], smoke=True, rest_every=1)
+    args = Namespace(
+        seed=3, questions=2, minutes=None, documents=[1, 5], smoke=True, kinds=KINDS, rest_every=1
+    )
     turns = bench["run"].turns
     assert len(list(turns(args, folder, policies))) == 4
     answers = {name: [1, 1, 1.0, 0] for name in ("re-positioning", "EPIC 16", "keep 1, sort")}
@@ -139,7 +142,9 @@ def test_policies_that_are_missing_are_asked_later(
     bench: dict[str, ModuleType], policies: list[object], tmp_path: Path
 ) -> None:
     folder, turns = bench["records"].Folder(tmp_path), bench["run"].turns
-    args = Namespace(seed=0, questions=2, minutes=None, documents=[1, 40], smoke=True, rest_every=3)
+    args = Namespace(
+        seed=0, questions=2, minutes=None, documents=[1, 40], smoke=True, kinds=KINDS, rest_every=3
+    )
 
     def names() -> dict[tuple[int, int], set[str]]:
         left = turns(args, folder, policies)

@@ -131,9 +131,10 @@ def _inside(m: Measured) -> Iterator[Verdict]:
 
 
 def _pruning(m: Measured) -> Iterator[Verdict]:
+    whole = [n for n in m.beyond if m.cell(PLAIN, n, ALL)]
     for policy in (CACHEFOCUS, FOCUSED):
         found, words = [], []
-        for num in (n for n in (max(m.inside, default=0), max(m.beyond, default=0)) if n):
+        for num in (n for n in (max(m.inside, default=0), max(whole, default=0)) if n):
             if cell := m.cell(policy, num, ALL):
                 low, high = cell["gained_low"], cell["gained_high"]
                 found.append(HOLDS if low > -0.01 else FAILS if high < 0 else OPEN)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from quality_parts.contexts import KINDS, RANKS
+from quality_parts.contexts import KINDS, RANKS, kinds_of
 from quality_parts.policies import FULL, PLAIN
 
 Z = 1.959964
@@ -119,13 +119,14 @@ def _by(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Re
 
 
 def _with_all(records: Sequence[Record]) -> Iterable[tuple[int, str, list[Record]]]:
-    """Records by number of documents and kind, and all kinds together."""
+    """Records by number of documents and kind, and all kinds together where all were asked."""
     for (num,), some in _by(records, "documents").items():
         kinds = _by(some, "kind")
         for kind in KINDS:
             if (kind,) in kinds:
                 yield num, kind, kinds[(kind,)]
-        yield num, ALL, some
+        if len(kinds) == len(kinds_of(num)):
+            yield num, ALL, some
 
 
 def _contexts(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
