@@ -56,6 +56,8 @@ class Stage:
         canonical: share of sentences in the words of the answers.
         pronouns: share of pronouns in first parts.
         chats: share of rows that are chats.
+        confusable: share of entities that share a word of their name with another one.
+        same_attributes: share of contexts whose documents of a kind tell the same attributes.
         muon_lr: learning rate of matrices.
         adam_lr: learning rate of everything else.
         decay_share: last share of the time, in which the learning rates fall to `final`.
@@ -77,6 +79,8 @@ class Stage:
     canonical: float = 0.35
     pronouns: float = 0.4
     chats: float = 0.12
+    confusable: float = 0.35
+    same_attributes: float = 0.35
     muon_lr: float = 0.01
     adam_lr: float = 3e-3
     decay_share: float = 0.0
@@ -109,6 +113,8 @@ def _parse() -> Stage:
         "canonical",
         "pronouns",
         "chats",
+        "confusable",
+        "same_attributes",
         "muon_lr",
         "adam_lr",
         "decay_share",
@@ -276,8 +282,8 @@ class Trainer:
             crossing=rng.choice((0.2, 0.5, 0.8)),
             dated=rng.choice((0.05, 0.1, 0.25)),
             linked=rng.choice((0.4, 0.8)),
-            confusable=0.35,
-            same_attributes=0.35,
+            confusable=stage.confusable,
+            same_attributes=stage.same_attributes,
             canonical=rng.choice((stage.canonical, 0.15)),
             pronouns=stage.pronouns,
         )
