@@ -12,6 +12,7 @@ from kvrag.model import Model
 from kvrag.prefill import encode
 from kvrag.segments import KV
 from kvrag.store.base import KVStore
+from kvrag.store.codec import codec_named
 from kvrag.store.key import EntryKey, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,23 @@ class Caches:
     Only the thread that owns the model may call it.
     """
 
-    def __init__(self, model: Model, store: KVStore | None, *, token_budget: int = 2048) -> None:
+    def __init__(
+        self, model: Model, store: KVStore | None, *, codec: str = "raw", token_budget: int = 2048
+    ) -> None:
         """Serve one model from one store; None keeps nothing.
 
         Args:
             model: the decoder.
             store: where rows are kept.
+            codec: how they are written, by name.
             token_budget: most tokens per forward pass while encoding, padding included.
+
+        Raises:
+            ConfigError: no codec has this name.
         """
         self.model = model
         self.store = store
+        self.codec = codec_named(codec)
         self.token_budget = token_budget
         self._prefixes: dict[Tokens, KV] = {}
         self._fingerprints: dict[Tokens, Fingerprint] = {}
@@ -53,8 +61,12 @@ class Caches:
         """What entries behind a prefix depend on."""
         if prefix not in self._fingerprints:
             _make_room(self._fingerprints)
-            self._fingerprints[prefix] = self.model.fingerprint(prefix)
+            self._fingerprints[prefix] = self.fingerprint_behind(prefix)
         return self._fingerprints[prefix]
+
+    def fingerprint_behind(self, prefix: Tokens) -> Fingerprint:
+        """The same, not remembered: may be called from any thread."""
+        return self.model.fingerprint(prefix, codec=self.codec.name)
 
     def prefix(self, tokens: Tokens, *, keep: bool = True) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""
@@ -97,7 +109,7 @@ class Caches:
         for context, group in missing.items():
             for kv in self.encode(prefix + context, group, keep=not context):
                 self._put(EntryKey(self.fingerprint(prefix + context), kv.tokens), kv)
-                found[context, kv.tokens] = Loaded(kv, is_hit=False)
+                found[context, kv.tokens] = Loaded(self._as_kept(kv), is_hit=False)
         return [found[pair] for pair in wanted]
 
     def encode(self, prefix: Tokens, texts: Sequence[Tokens], *, keep: bool = True) -> list[KV]:
@@ -120,6 +132,16 @@ class Caches:
             return self.store.get(key, by_layer=by_layer).to(self.model.device)
         except CacheMiss:
             return None
+
+    def _as_kept(self, kv: KV) -> KV:
+        """The rows that the next request will find, so that a miss and a hit answer alike."""
+        if self.store is None or self.codec.name == "raw":
+            return kv
+        pairs = zip(kv.layers, (spec.rotation for spec in self.model.specs), strict=True)
+        return KV(
+            kv.tokens,
+            tuple(self.codec.unpack(self.codec.pack(x, turn), x.keys.dtype, turn) for x, turn in pairs),
+        )
 
     def _put(self, key: EntryKey, kv: KV) -> None:
         if self.store is None:

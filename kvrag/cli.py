@@ -49,14 +49,18 @@ def _open(folder: Path | None, chroma: str | None, collection: str) -> Any:
     return Home(folder or home(), chroma=chroma, collection=collection)
 
 
-def _engine(place: Any, model: str | None, device: str | None, dtype: str) -> Any:
+def _engine(
+    place: Any, model: str | None, device: str | None, dtype: str, *, codec: str | None = None
+) -> Any:
     from kvrag.engine import Engine  # noqa: PLC0415
     from kvrag.model import quiet  # noqa: PLC0415
 
     quiet()
     name = model or place.model()
     with stderr().status(f"loading {name}"):
-        return Engine.from_pretrained(name, store=place.store(), device=device, dtype=dtype)
+        return Engine.from_pretrained(
+            name, store=place.store(), device=device, dtype=dtype, codec=codec or place.codec()
+        )
 
 
 def _warn_of_reader(engine: Any, place: Any) -> None:
@@ -91,6 +95,9 @@ def ingest(
             help="Encode each chunk behind so many similar ones; 0: none.", min=0, show_default=False
         ),
     ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="How caches are written: raw, fp8, int8 or int4 [as before; raw].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read documents once: into the collection, and as KV caches into the store.
@@ -105,7 +112,7 @@ def ingest(
 
     place = _open(folder, chroma, collection)
     texts = list(files.load(paths))
-    with _engine(place, model, device, dtype) as engine:
+    with _engine(place, model, device, dtype, codec=codec) as engine:
         _warn_of_reader(engine, place)
         with progress_bar("reading") as progress:
             report = homes.ingest(

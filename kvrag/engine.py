@@ -87,6 +87,7 @@ class Engine:
         store: KVStore | str | Path | None = None,
         *,
         policy: Policy | str = PLAIN,
+        codec: str = "raw",
         token_budget: int = 2048,
     ) -> None:
         """Serve a loaded model.
@@ -95,15 +96,17 @@ class Engine:
             model: the decoder.
             store: a store, a folder for one, or None to keep nothing.
             policy: what answers do with their documents, or its name; an answer may have one of its own.
+            codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md).
             token_budget: most tokens per forward pass while encoding documents, padding included.
 
         Raises:
-            ConfigError: no policy has this name.
+            ConfigError: no policy, or no codec, has this name.
         """
         self.model = model
         self.policy = preset(policy) if isinstance(policy, str) else policy
         self.store = DiskStore(store) if isinstance(store, (str, Path)) else store
-        self._caches = Caches(model, self.store, token_budget=token_budget)
+        self._caches = Caches(model, self.store, codec=codec, token_budget=token_budget)
+        self.codec = codec
         self._worker = Worker(f"kvrag {model.name}")
 
     @classmethod
@@ -116,6 +119,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         max_length: int | None = None,
         policy: Policy | str = PLAIN,
+        codec: str = "raw",
         token_budget: int = 2048,
         **options: Any,
     ) -> Engine:
@@ -126,7 +130,7 @@ class Engine:
             UnsupportedModel: unknown architecture, or one that cannot be re-positioned exactly.
         """
         loaded = Model.load(model, device=device, dtype=dtype, max_length=max_length, **options)
-        return cls(loaded, store, policy=policy, token_budget=token_budget)
+        return cls(loaded, store, policy=policy, codec=codec, token_budget=token_budget)
 
     def answer(
         self,
@@ -267,8 +271,7 @@ class DocumentEncoder:
 
     def fingerprint_behind(self, context: tuple[int, ...]) -> Fingerprint:
         """What entries depend on that are encoded behind prefix and context."""
-        # Not from the caches: only the engine's thread may ask them, and they remember few.
-        return self._caches.model.fingerprint(self._prefix + context) if context else self.fingerprint
+        return self._caches.fingerprint_behind(self._prefix + context) if context else self.fingerprint
 
     def encode(self, texts: Sequence[tuple[int, ...]]) -> list[KV]:
         """Rows of texts given as tokens, in order.

@@ -36,11 +36,13 @@ class Settings:
         forms: the prompt's form for each model; kept because templates may write today's date, and
             documents are encoded behind what stood there at ingestion.
         chroma: address of the Chroma server that holds the collection; None: the embedded database.
+        codec: how caches are written, by name.
     """
 
     model: str
     forms: dict[str, RagPrompt]
     chroma: str | None = None
+    codec: str = "raw"
 
 
 class _NoEncoder:
@@ -89,7 +91,7 @@ class Home:
         try:
             raw = json.loads(file.read_text())
             forms = {name: RagPrompt(**form) for name, form in raw["forms"].items()}
-            return Settings(raw["model"], forms, raw.get("chroma"))
+            return Settings(raw["model"], forms, raw.get("chroma"), raw.get("codec", "raw"))
         except FileNotFoundError as error:
             raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
         except OSError as error:
@@ -101,19 +103,24 @@ class Home:
         """The model used last; the shipped reader if nothing was ingested yet."""
         return self.settings().model if self.exists() else READER
 
+    def codec(self) -> str:
+        """How caches are written here."""
+        return self.settings().codec if self.exists() else "raw"
+
     def form(self, engine: Engine) -> RagPrompt:
         """The prompt's form for a model: the one of ingestion, else the template's."""
         known = self.settings().forms if self.exists() else {}
         return known.get(engine.model.name) or RagPrompt.of(engine.model.text)
 
     def remember(self, engine: Engine, form: RagPrompt) -> None:
-        """Note model and form for later questions."""
+        """Note model, form and codec for later questions."""
         forms = self.settings().forms if self.exists() else {}
         forms[engine.model.name] = form
         raw = {
             "model": engine.model.name,
             "forms": {name: asdict(f) for name, f in forms.items()},
             "chroma": self._server(),
+            "codec": engine.codec,
         }
         file = self.path / "settings.json"
         partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")

@@ -148,14 +148,16 @@ class Model:
             self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep
         )
 
-    def fingerprint(self, prefix: Sequence[int] = ()) -> Fingerprint:
-        """What entries encoded behind `prefix` (tokens) depend on."""
+    def fingerprint(self, prefix: Sequence[int] = (), *, codec: str = "raw") -> Fingerprint:
+        """What entries encoded behind `prefix` (tokens) and written by `codec` depend on."""
         return Fingerprint(
             model=self._weights_digest,
             tokenizer=self.text.digest,
             rope=self._rope_digest,
             dtype=str(self.dtype).removeprefix("torch."),
             prefix=tagged_digest({"prefix": token_bytes(tuple(prefix))}),
+            codec=codec,
+            rotations=tuple(spec.rotation for spec in self.specs),
         )
 
     @cached_property

@@ -217,6 +217,19 @@ def test_json_is_one_object_and_nothing_else(run: Run, notes: Path, model: Path)
     assert found["recommended"]["policy"] in {policy["name"] for policy in found["policies"]}
 
 
+def test_caches_in_fewer_bits(run: Run, notes: Path, model: Path) -> None:
+    def ingest(*options: str) -> Any:
+        return run("ingest", notes, "--model", model, "--json", *options).object
+
+    raw, coded = ingest(), ingest("--codec", "int8")
+    assert coded["unchanged"] == raw["chunks"]
+    assert coded["cache_bytes"] < 0.8 * raw["cache_bytes"]  # what was written raw is gone
+    assert all(use["is_hit"] for use in run("ask", "Who?", "--json").object["sources"])
+    assert ingest()["cache_bytes"] == coded["cache_bytes"]  # a folder stays with its codec
+    assert ingest("--codec", "raw")["cache_bytes"] == raw["cache_bytes"]
+    assert_refused(run("ingest", notes, "--model", model, "--codec", "zip"), "no codec 'zip'")
+
+
 def test_sampling_is_repeatable(ingested: Run) -> None:
     def answer(seed: int) -> str:
         options = ("--temperature", "1", "--seed", str(seed), "--max-new-tokens", "8", "--json")

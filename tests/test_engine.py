@@ -96,6 +96,23 @@ def test_caches_outlive_the_engine(tmp_path: Path) -> None:
         assert answer.tokens == expected()
 
 
+@pytest.mark.parametrize("codec", ["fp8", "int8", "int4"])
+def test_a_hit_answers_like_the_miss_before(tmp_path: Path, codec: str) -> None:
+    with Engine(model(), tmp_path, codec=codec) as engine:
+        first, second = ask(engine), ask(engine)
+        masses = [[use.mass for use in answer.documents] for answer in (first, second)]
+    assert [use.is_hit for use in second.documents] == [True, True]
+    assert first.tokens == second.tokens
+    assert masses[0] == masses[1]
+    with Engine(model(), tmp_path) as engine:  # rows of another codec
+        assert [use.is_hit for use in ask(engine).documents] == [False, False]
+
+
+def test_an_unknown_codec_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="no codec 'gzip'; there are raw, fp8, int8, int4"):
+        Engine(model(), codec="gzip")
+
+
 def test_only_what_is_missing_is_read(store: DiskStore) -> None:
     with Engine(model(), store) as engine:
         engine.answer(f"{PREFIX}{DOCUMENTS['ferry']} Why?", DOCUMENTS, prefix=PREFIX, sampling=SHORT)

@@ -9,16 +9,17 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from kvrag.errors import CacheMiss, ConfigError
-from kvrag.segments import KV, LazyLayers
+from kvrag.segments import KV, LayerKV, LazyLayers
 from kvrag.store import advice, layout
 from kvrag.store.base import CheckReport, StoreStats, check_rows
+from kvrag.store.codec import codec_named
 from kvrag.store.files import (
     PARTIAL,
     commit,
@@ -86,7 +87,7 @@ class DiskStore:
         self._lock = threading.Lock()
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
-        """Return the entry's rows as views of its mapped file.
+        """Return the entry's rows: as views of its mapped file, or decoded where a codec wrote them.
 
         Rows are shared with other callers in this process: they must not be written to. (The mapping is
         copy-on-write, so not even that would reach the file.)
@@ -108,7 +109,6 @@ class DiskStore:
                 kv = self._kept.get(key.id, signature)
                 if kv is None or (isinstance(kv.layers, LazyLayers) and not by_layer):
                     kv = self._load(key, signature, by_layer=by_layer)
-                    self._count("bytes_read", kv.num_bytes_touched)
             except Damaged as damage:
                 if self._signature(key.id) != signature:
                     continue  # it was being replaced while we read it
@@ -130,6 +130,7 @@ class DiskStore:
         check_rows(key, kv)
         if not layout.is_storable(key.fingerprint.dtype):
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
+        codec_named(key.fingerprint.codec)  # refuses unknown names
         try:
             if not self._is_intact(key):
                 self._write(key, kv)
@@ -269,36 +270,48 @@ class DiskStore:
             (layout.verify_frame if by_layer else layout.verify)(data, manifest)
         if layout.stored_tokens(data, manifest) != token_bytes(key.tokens):
             raise Damaged("the entry holds other tokens")
-        kv = layout.view_rows(data, manifest, key.tokens)
+        layer = layout.reader(data, manifest, key)
         if by_layer:
-            kv = self._by_layer(key.id, signature, data, manifest, kv)
+            kv = self._by_layer(key, signature, data, manifest, layer)
+        else:
+            kv = KV(key.tokens, tuple(map(layer, range(len(manifest.layers)))))
+            self._count("bytes_read", sum(end - start for start, end in manifest.layer_spans()))
         self._keep(key.id, signature, manifest, kv)
         return kv
 
     def _by_layer(
-        self, key_id: str, signature: Signature, data: torch.Tensor, manifest: Manifest, kv: KV
+        self,
+        key: EntryKey,
+        signature: Signature,
+        data: torch.Tensor,
+        manifest: Manifest,
+        layer: Callable[[int], LayerKV],
     ) -> KV:
-        """The same rows, each layer verified and counted when it is first touched."""
-        spans, views = list(manifest.layer_spans()), tuple(kv.layers)
+        """The same rows, each layer verified, decoded and counted when it is first touched."""
+        spans = list(manifest.layer_spans())
 
-        def prove(number: int) -> None:
-            advice.read_soon(data, *spans[number])
+        def prove(number: int) -> LayerKV:
+            start, end = spans[number]
+            advice.read_soon(data, start, end)
             try:
                 if self._verify == "load":
-                    layout.verify_layer(data, manifest, number, spans[number])
+                    layout.verify_layer(data, manifest, number, (start, end))
             except Damaged as damage:
-                self._lose(key_id, signature, damage)
-                raise self._miss(key_id) from damage
-            self._count("bytes_read", views[number].num_bytes)
+                self._lose(key.id, signature, damage)
+                raise self._miss(key.id) from damage
+            self._count("bytes_read", end - start)
+            return layer(number)
 
         def finish() -> None:
-            self._keep(key_id, signature, manifest, kv)  # from now on like one loaded at once
+            whole = KV(key.tokens, tuple(layers))
+            self._keep(key.id, signature, manifest, whole)  # from now on like one loaded at once
 
-        return KV(kv.tokens, MappedLayers(views, prove, finish))
+        layers = MappedLayers(len(key.tokens), [end - start for start, end in spans], prove, finish)
+        return KV(key.tokens, layers)
 
     def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:
         if self._signature(key_id) == signature:
-            self._kept.keep(key_id, signature, kv, manifest.file_size)
+            self._kept.keep(key_id, signature, kv, max(manifest.file_size, manifest.row_bytes()))
 
     def _lose(self, key_id: str, signature: Signature, damage: Damaged) -> None:
         """Set an entry aside that was handed out before, unless other files have taken its place."""

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from kvrag.rotary import Rotation
+
 LAYOUT_VERSION = 1
 
 
@@ -41,9 +43,10 @@ class Fingerprint:
         rope: digest of every layer's rotation and window.
         dtype: element type of keys and values, such as "float32".
         prefix: digest of the tokens that the documents are encoded behind.
-        codec: how rows are stored; "raw" as they are.
+        codec: how rows are stored, by name (`kvrag.store.codec`); "raw" as they are.
         tenant: namespace; entries of one tenant are misses for all others.
         layout: version of the file layout.
+        rotations: of every layer's keys, for codecs that keep them unrotated; no part of a name: `rope` is.
     """
 
     model: str
@@ -54,11 +57,12 @@ class Fingerprint:
     codec: str = "raw"
     tenant: str = ""
     layout: int = LAYOUT_VERSION
+    rotations: tuple[Rotation | None, ...] = field(default=(), repr=False, compare=False)
 
     def fields(self) -> dict[str, str | int]:
         """The fields by name, for manifests."""
         # Not asdict: it copies recursively, and this is read on every load.
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__ if name != "rotations"}
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
+from kvrag.errors import ConfigError
+from kvrag.rotary import Rotation
 from kvrag.segments import KV, LayerKV
-from kvrag.store.key import Fingerprint, token_bytes
+from kvrag.store.codec import CODECS, Codec, Part, Shape
+from kvrag.store.key import EntryKey, Fingerprint, token_bytes
 
 ALIGNMENT = 64
 _DTYPES = {
@@ -24,6 +28,7 @@ _DTYPES = {
     "float8_e4m3fn": ("F8_E4M3", torch.float8_e4m3fn),
     "float8_e5m2": ("F8_E5M2", torch.float8_e5m2),
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.values()} | {torch.uint8: "U8"}
 _SEAL = b',"manifest_checksum":"'
 _SEAL_END = b'"}\n'
 _SEAL_BYTES = len(_SEAL) + 32 + len(_SEAL_END)
@@ -69,13 +74,34 @@ class Manifest:
         """Element type of the rows."""
         return _DTYPES[str(self.fingerprint["dtype"])][1]
 
+    @property
+    def codec(self) -> Codec:
+        """How the rows are written."""
+        return CODECS[str(self.fingerprint["codec"])]
+
+    def parts(self, number: int) -> tuple[Part, ...]:
+        """The tensors of one layer in the data file, in order."""
+        return _parts(self.codec.name, self.layers[number], self.num_tokens, self.dtype)[0]
+
     def layer_spans(self) -> Iterator[tuple[int, int]]:
         """First byte and the one after the last of every layer in the data file."""
-        start, row_bytes = self.data_start, self.num_tokens * self.dtype.itemsize
-        for heads, key_size, value_size in self.layers:
-            end = start + heads * (key_size + value_size) * row_bytes
+        start, codec, dtype = self.data_start, self.codec.name, self.dtype
+        for shape in self.layers:
+            end = start + _parts(codec, shape, self.num_tokens, dtype)[1]
             yield start, end
             start = end
+
+    def row_bytes(self) -> int:
+        """Bytes of all rows in memory."""
+        elements = sum(heads * (key_size + value_size) for heads, key_size, value_size in self.layers)
+        return elements * self.num_tokens * self.dtype.itemsize
+
+
+@lru_cache(maxsize=1024)
+def _parts(codec: str, shape: Shape, num_tokens: int, dtype: torch.dtype) -> tuple[tuple[Part, ...], int]:
+    """The tensors of one layer, and their bytes together; asked for every layer of every load."""
+    parts = CODECS[codec].parts(shape, num_tokens, dtype)
+    return parts, sum(part.num_bytes for part in parts)
 
 
 def is_storable(dtype: str) -> bool:
@@ -83,9 +109,8 @@ def is_storable(dtype: str) -> bool:
     return dtype in _DTYPES
 
 
-def layer_parts(layer: LayerKV) -> list[memoryview]:
-    """Keys and values of one layer as bytes; copied only if they are not contiguous in main memory."""
-    tensors = (layer.keys, layer.values)
+def layer_parts(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
+    """The tensors of one layer as bytes; copied only if they are not contiguous in main memory."""
     flat = [t.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for t in tensors]
     return [t.numpy().data for t in flat]
 
@@ -93,8 +118,15 @@ def layer_parts(layer: LayerKV) -> list[memoryview]:
 def encode(fingerprint: Fingerprint, kv: KV, created: float) -> tuple[Manifest, list[bytes | memoryview]]:
     """Manifest and the data file's parts in order."""
     shapes = tuple((x.keys.shape[0], x.keys.shape[2], x.values.shape[2]) for x in kv.layers)
-    header = _header(fingerprint.fields(), kv.num_tokens, shapes)
-    layers = [layer_parts(layer) for layer in kv.layers]
+    codec = CODECS[fingerprint.codec]
+    dtype = _DTYPES[fingerprint.dtype][1]
+    header = _header(
+        fingerprint.fields(), kv.num_tokens, [codec.parts(s, kv.num_tokens, dtype) for s in shapes]
+    )
+    rotations = rotations_of(fingerprint, len(kv.layers))
+    layers = [
+        layer_parts(codec.pack(layer, rotation)) for layer, rotation in zip(kv.layers, rotations, strict=True)
+    ]
     tokens = token_bytes(kv.tokens)
     parts: list[bytes | memoryview] = [header, *(part for layer in layers for part in layer), tokens]
     checksums = Checksums(_checksum(header), _checksum(tokens), tuple(map(_checksum_parts, layers)))
@@ -110,24 +142,36 @@ def encode(fingerprint: Fingerprint, kv: KV, created: float) -> tuple[Manifest, 
     return manifest, parts
 
 
-def _header(fields: dict[str, str | int], num_tokens: int, layers: tuple[tuple[int, int, int], ...]) -> bytes:
+def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation | None]:
+    """The rotation of every layer's keys.
+
+    Raises:
+        ConfigError: the codec needs them and the fingerprint does not have them.
+    """
+    if fingerprint.codec == "raw":
+        return [None] * num_layers
+    if len(fingerprint.rotations) != num_layers:
+        raise ConfigError(
+            f"codec {fingerprint.codec} keeps keys unrotated: the fingerprint has to have the rotations of "
+            f"{num_layers} layers and has {len(fingerprint.rotations)}; take it from Model.fingerprint"
+        )
+    return fingerprint.rotations
+
+
+def _header(fields: dict[str, str | int], num_tokens: int, layers: Sequence[Sequence[Part]]) -> bytes:
     """Length and JSON of a safetensors header, padded with spaces so that the rows start aligned."""
-    code, dtype = _DTYPES[str(fields["dtype"])]
     header: dict[str, Any] = {"__metadata__": {"format": "kvrag", **{k: str(v) for k, v in fields.items()}}}
     offset = 0
 
-    def describe(name: str, code: str, shape: list[int], itemsize: int) -> None:
+    def describe(name: str, code: str, shape: Sequence[int], size: int) -> None:
         nonlocal offset
-        size = itemsize
-        for n in shape:
-            size *= n
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
 
-    for number, (heads, key_size, value_size) in enumerate(layers):
-        describe(f"{number:03}.keys", code, [heads, num_tokens, key_size], dtype.itemsize)
-        describe(f"{number:03}.values", code, [heads, num_tokens, value_size], dtype.itemsize)
-    describe("tokens", "I32", [num_tokens], 4)
+    for number, parts in enumerate(layers):
+        for part in parts:
+            describe(f"{number:03}.{part.name}", _CODES[part.dtype], part.shape, part.num_bytes)
+    describe("tokens", "I32", [num_tokens], 4 * num_tokens)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
@@ -172,8 +216,9 @@ def _check_sizes(manifest: Manifest) -> None:
         raise Damaged("the manifest has sizes that no entry has")
     if manifest.data_start % ALIGNMENT or not is_storable(str(manifest.fingerprint["dtype"])):
         raise Damaged("the manifest has an alignment or an element type that no entry has")
-    elements = sum(heads * (key_size + value_size) for heads, key_size, value_size in manifest.layers)
-    end = manifest.data_start + elements * manifest.num_tokens * manifest.dtype.itemsize
+    if manifest.fingerprint["codec"] not in CODECS:
+        raise Damaged(f"the entry was written by an unknown codec, {manifest.fingerprint['codec']}")
+    end = max((end for _, end in manifest.layer_spans()), default=manifest.data_start)
     if end + 4 * manifest.num_tokens != manifest.file_size:
         raise Damaged("the manifest's shapes and file size disagree")
     if len(manifest.checksums.layers) != len(manifest.layers):
@@ -245,7 +290,7 @@ def stored_tokens(data: torch.Tensor, manifest: Manifest) -> bytes:
 
 
 def view_rows(data: torch.Tensor, manifest: Manifest, tokens: tuple[int, ...]) -> KV:
-    """Keys and values as views of the mapped file: no byte of a row is copied."""
+    """Raw keys and values as views of the mapped file: no byte of a row is copied."""
     count, shapes = manifest.num_tokens, manifest.layers
     flat = data[manifest.data_start : manifest.file_size - 4 * count].view(manifest.dtype)
     if len({n for _, *sizes in shapes for n in sizes}) == 1 and len(set(shapes)) == 1:
@@ -261,6 +306,28 @@ def view_rows(data: torch.Tensor, manifest: Manifest, tokens: tuple[int, ...]) -
         offset += values.numel()
         layers.append(LayerKV(keys, values))
     return KV(tokens, tuple(layers))
+
+
+def reader(data: torch.Tensor, manifest: Manifest, key: EntryKey) -> Callable[[int], LayerKV]:
+    """What gives the rows of a layer: views of the mapped file, or decoded in memory of their own.
+
+    Raises:
+        ConfigError: keys are to be rotated and the key's fingerprint does not say how.
+    """
+    if manifest.codec.name == "raw":
+        return view_rows(data, manifest, key.tokens).layers.__getitem__
+    rotations, spans = rotations_of(key.fingerprint, len(manifest.layers)), list(manifest.layer_spans())
+
+    def decoded(number: int) -> LayerKV:
+        at, tensors = spans[number][0], []
+        for part in manifest.parts(number):
+            # A copy: parts lie where the ones before end, which may be no multiple of their elements' size.
+            raw = data[at : at + part.num_bytes].clone()
+            tensors.append(raw.view(part.dtype).view(part.shape))
+            at += part.num_bytes
+        return manifest.codec.unpack(tensors, manifest.dtype, rotations[number])
+
+    return decoded
 
 
 def _checksum(part: Any) -> str:

@@ -1,52 +1,59 @@
-"""Layers that are read when they are first touched, so that what nobody touches is never read."""
+"""Layers that are read, and decoded, when they are first touched: what nobody touches is never read."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvrag.segments import LayerKV, LazyLayers
 
 
 class MappedLayers(LazyLayers):
-    """Views of a mapped file, each proven once, before it is handed out for the first time.
+    """Layers of a mapped file, each proven once, before it is handed out for the first time.
 
     Args:
-        views: every layer; making views touches no byte of them.
-        prove: verifies and counts one layer, or raises; it is asked again at the next touch then.
+        num_tokens: rows of every layer.
+        sizes: bytes of each layer in the file.
+        load: gives one layer, verified and counted, or raises; it is asked again at the next touch then.
         finish: called once all layers are proven.
     """
 
     def __init__(
-        self, views: tuple[LayerKV, ...], prove: Callable[[int], None], finish: Callable[[], None]
+        self,
+        num_tokens: int,
+        sizes: Sequence[int],
+        load: Callable[[int], LayerKV],
+        finish: Callable[[], None],
     ) -> None:
-        self._views = views
-        self._prove = prove
+        self._num_tokens = num_tokens
+        self._sizes = sizes
+        self._load = load
         self._finish = finish
-        self._proven = [False] * len(views)
-        self._num_bytes = sum(view.num_bytes for view in views)
+        self._layers: list[LayerKV | None] = [None] * len(sizes)
+        self._num_bytes = sum(sizes)
         self._num_bytes_touched = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of layers."""
-        return len(self._views)
+        return len(self._sizes)
 
     def touch(self, number: int) -> LayerKV:
-        """Views of one layer, proven; see `LazyLayers.touch`."""
-        if not self._proven[number]:
+        """One layer, proven; see `LazyLayers.touch`."""
+        found = self._layers[number]
+        if found is None:
             with self._lock:  # a layer is counted once: whoever waits here finds it proven
-                if not self._proven[number]:
-                    self._prove(number)
-                    self._proven[number] = True
-                    self._num_bytes_touched += self._views[number].num_bytes
-                    if all(self._proven):
+                found = self._layers[number]
+                if found is None:
+                    found = self._layers[number] = self._load(number)
+                    self._num_bytes_touched += self._sizes[number]
+                    if all(layer is not None for layer in self._layers):
                         self._finish()
-        return self._views[number]
+        return found
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all layers: shapes come from the manifest, so that no row is touched."""
+        """Bytes of all layers in the file: shapes come from the manifest, so that no row is touched."""
         return self._num_bytes
 
     @property
@@ -56,7 +63,7 @@ class MappedLayers(LazyLayers):
 
     def head(self, num_tokens: int) -> LazyLayers:
         """The first rows of every layer; touching one of them proves the layer as a whole."""
-        return FirstRows(self, self._views[0].num_tokens if self._views else 0, num_tokens)
+        return FirstRows(self, self._num_tokens, num_tokens)
 
 
 class FirstRows(LazyLayers):
