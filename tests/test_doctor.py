@@ -207,8 +207,7 @@ def test_the_readers_best_layer_beats_chance() -> None:
     pruning = found.pruning
     assert pruning is not None
     assert pruning.start == max(found.best) + 1
-    scores = scores_of(reader())
-    assert scores["cachefocus, best layers"].kl < scores["cachefocus"].kl
+    assert scores_of(reader())["cachefocus, best layers"].kl < 0.01
 
 
 def masses(right: Sequence[float], num: int = 40, seed: int = 0) -> list[tuple[torch.Tensor, int]]:
