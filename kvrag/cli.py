@@ -340,6 +340,7 @@ def doctor(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     questions: Annotated[int, typer.Option(help="Questions to compare policies on.", min=1)] = 8,
+    max_kl: Annotated[float, typer.Option(help="What a codec may lose, in nats.", min=0.0)] = 0.01,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that a model's caches can be re-positioned, measure what each policy loses, and recommend one.
@@ -357,7 +358,7 @@ def doctor(
     with stderr().status(f"loading {model}"):
         engine = Engine.from_pretrained(model, device=device, dtype=dtype)
     with engine, progress_bar("examining") as progress:
-        report = clinic.examine(engine, questions=questions, progress=progress)
+        report = clinic.examine(engine, questions=questions, max_kl=max_kl, progress=progress)
     if as_json:
         print_json(asdict(report))
     else:

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from kvrag.doctor import Report, describe, examine
+from kvrag.doctor.codecs import CodecScore, smallest
 from kvrag.doctor.layers import LayerScores, scored
 from kvrag.doctor.policies import PolicyScore, compare, divergence, examined, recommend
 from kvrag.doctor.prompts import CONTINUATION, Prompts, full_attention
 from kvrag.doctor.samples import Case, cases
 from kvrag.engine import Engine
+from kvrag.errors import ConfigError
 from kvrag.focus.policy import PRESETS, Policy
 from kvrag.focus.repair import Deviation
 from kvrag.model import READER, Model
@@ -190,6 +192,33 @@ def test_the_cheapest_of_the_good_is_recommended(scores: list[PolicyScore], chos
 
 def test_without_scores_nothing_is_recommended() -> None:
     assert recommend([]) is None
+
+
+# ---- codecs
+
+
+def test_fewer_bits_lose_more_and_write_less() -> None:
+    found = {score.name: score for score in reader().codecs}
+    assert list(found) == ["raw", "fp8", "int8", "int4"]
+    assert found["raw"].kl < 1e-6  # one token at a time against all at once
+    assert found["raw"].top1 == 1
+    assert 0 < found["int8"].kl < found["int4"].kl
+    assert found["raw"].bytes_per_token == 5 * 2 * (32 + 32) * 4  # layers, heads, key and value, float32
+    assert found["int4"].bytes_per_token < found["int8"].bytes_per_token < 0.4 * found["raw"].bytes_per_token
+    assert reader().codec in found
+
+
+def test_the_budget_chooses_the_smallest_codec() -> None:
+    scores = [
+        CodecScore("raw", 200.0, 1e-9, 1.0),
+        CodecScore("a", 90.0, 0.004, 1.0),
+        CodecScore("b", 50.0, 0.02, 0.9),
+    ]
+    chosen = [smallest(scores, budget) for budget in (0.0, 0.01, 0.5)]
+    assert [score.name for score in chosen if score] == ["raw", "a", "b"]
+    assert smallest([], 1.0) is None
+    with Engine.from_pretrained() as engine, pytest.raises(ConfigError, match="max_kl"):
+        examine(engine, max_kl=-1.0)
 
 
 # ---- layers

@@ -6,17 +6,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from kvrag.doctor.codecs import CodecScore, CodecTrial, smallest
 from kvrag.doctor.exactness import Exactness, exactness
 from kvrag.doctor.layers import LayerScores, layer_scores
 from kvrag.doctor.policies import PolicyScore, Recommendation, compare, examined, recommend
 from kvrag.doctor.prompts import Prepared, Prompts
 from kvrag.doctor.samples import TEXTS, Case, cases
 from kvrag.engine import Engine
+from kvrag.errors import ConfigError
 from kvrag.model import Model
 from kvrag.prompt import RagPrompt
 from kvrag.rotary import LayerSpec
 
 Progress = Callable[[int, int], None]
+
+# What a codec may lose, in nats, unless somebody says otherwise.
+MAX_KL = 0.01
 
 # Counting which layer is right needs more questions than averaging does; each is read from caches only.
 _PER_QUESTION = 4
@@ -35,6 +40,9 @@ class Report(Exactness):
         policies: what each costs and loses.
         layer_scores: which layers find the right document.
         recommended: the policy to take.
+        codecs: what each loses, and how much it writes.
+        codec: the one that writes least within the budget.
+        max_kl: the budget.
     """
 
     model: str
@@ -45,21 +53,32 @@ class Report(Exactness):
     policies: tuple[PolicyScore, ...] = ()
     layer_scores: LayerScores | None = None
     recommended: Recommendation | None = None
+    codecs: tuple[CodecScore, ...] = ()
+    codec: str | None = None
+    max_kl: float = MAX_KL
 
 
-def examine(engine: Engine, *, questions: int = 8, progress: Progress | None = None) -> Report:
+def examine(
+    engine: Engine, *, questions: int = 8, max_kl: float = MAX_KL, progress: Progress | None = None
+) -> Report:
     """Run the proofs, then the measurements on sample documents, on the engine's thread.
 
     Args:
         engine: the model.
         questions: how many to ask under each policy; their number is what takes time.
+        max_kl: what a codec may lose against raw rows, in nats.
         progress: called with (done, total).
+
+    Raises:
+        ConfigError: the budget is negative.
     """
+    if not max_kl >= 0:
+        raise ConfigError(f"max_kl={max_kl}: expected 0 nats or more")
     form = engine.encoder().prompt
-    return engine.call(lambda: _examine(engine.model, form, questions, progress or (lambda *_: None)))
+    return engine.call(lambda: _examine(engine.model, form, questions, max_kl, progress or (lambda *_: None)))
 
 
-def _examine(model: Model, form: RagPrompt, questions: int, progress: Progress) -> Report:
+def _examine(model: Model, form: RagPrompt, questions: int, max_kl: float, progress: Progress) -> Report:
     exact = exactness(model, form.prefix, TEXTS, cases("", 1)[0].question)
     proven = Report(
         model=model.name,
@@ -76,8 +95,9 @@ def _examine(model: Model, form: RagPrompt, questions: int, progress: Progress) 
     steps = _Steps(progress, len(asked) + len(looked_at))
     found = layer_scores(model, steps.through(prompts, looked_at))
     tried = examined(model.num_layers, found.pruning if found else None)
-    before = steps.asked
-    scores, seconds = compare(model, steps.through(prompts, asked), tried)
+    before, coding = steps.asked, CodecTrial(model)
+    scores, seconds = compare(model, coding.through(steps.through(prompts, asked)), tried)
+    codec = smallest(coding.scores, max_kl)
     return replace(
         proven,
         questions=steps.asked - before,
@@ -86,6 +106,9 @@ def _examine(model: Model, form: RagPrompt, questions: int, progress: Progress) 
         policies=tuple(scores),
         layer_scores=found,
         recommended=recommend(scores),
+        codecs=coding.scores,
+        codec=codec.name if codec else None,
+        max_kl=max_kl,
     )
 
 

@@ -36,6 +36,8 @@ def _lines(report: Report) -> Iterator[str]:
     if report.recommended is not None:
         yield f"recommended: {report.recommended.policy}"
         yield from textwrap.wrap(report.recommended.why, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    if report.codecs:
+        yield from _codecs(report)
 
 
 def _policies(report: Report) -> Iterator[str]:
@@ -47,6 +49,15 @@ def _policies(report: Report) -> Iterator[str]:
     yield _row("full attention", f"{0:>9}", 1, 1, report.full_seconds)
     for score in report.policies:
         yield _row(score.name, f"{score.kl:>9.4f}", score.top1, score.recomputed, score.seconds)
+
+
+def _codecs(report: Report) -> Iterator[str]:
+    yield "codecs, against raw rows"
+    yield f"  {'codec':<26}  {'KL, nats':>9}  {'same token':>10}  {'bytes per token':>15}"
+    for score in report.codecs:
+        yield f"  {score.name:<26}  {score.kl:>9.4f}  {score.top1:>10.0%}  {score.bytes_per_token:>15,.0f}"
+    if report.codec is not None:
+        yield f"smallest with a KL of at most {report.max_kl:g} nats: kvrag ingest --codec {report.codec}"
 
 
 def _row(name: str, kl: str, top1: float, recomputed: float, seconds: float) -> str:
