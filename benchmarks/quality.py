@@ -32,7 +32,7 @@ from quality_parts.asking import VARIANTS, Bench
 from quality_parts.calibration import calibrate, chosen, described
 from quality_parts.contexts import KINDS, draw, kinds_of
 from quality_parts.plots import plot
-from quality_parts.policies import CORE, FULL, TRUNCATED, Entry, entries
+from quality_parts.policies import CORE, CORE_REPAIRS, FULL, TRUNCATED, Entry, entries
 from quality_parts.records import Folder, key_of
 from quality_parts.summary import Record, rows_of, summary
 from tqdm import tqdm
@@ -45,8 +45,8 @@ MANY = 40
 
 
 def is_core(entry: Entry, num_documents: int) -> bool:
-    """Whether a policy answers in every turn; repairs of many documents take most of the time."""
-    return entry.name in CORE and not (num_documents >= MANY and entry.family in ("repair", "offline"))
+    """Whether a policy answers in every turn."""
+    return entry.name in CORE or (num_documents < MANY and entry.name in CORE_REPAIRS)
 
 
 def due(policies: Sequence[Entry], turn: int, num: int, rest_every: int) -> list[Entry]:

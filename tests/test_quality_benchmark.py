@@ -102,7 +102,7 @@ def test_policies_have_different_names(bench: dict[str, ModuleType]) -> None:
     made = policies.entries(policies.Scores(layers, layers, (1,)), 123)
     names = {entry.name for entry in made}
     assert len(names) == len(made)
-    assert names >= policies.CORE
+    assert names >= policies.CORE | policies.CORE_REPAIRS
     hint = policies.Hint((1.0, 0.0), 5)
     assert {entry.make(hint).placement.window for entry in made} == {123}
 
