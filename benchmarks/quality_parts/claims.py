@@ -10,6 +10,9 @@ from typing import Any
 from quality_parts.policies import FULL, PLAIN
 from quality_parts.summary import ALL, rows_of
 
+# Cells of fewer questions say nothing and are not shown.
+LEAST = 15
+
 CACHEFOCUS, FOCUSED = "keep .5, sort", "keep 2, best layer"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 
@@ -39,7 +42,8 @@ class Measured:
     def __init__(self, data: dict[str, Any]) -> None:
         """Take the figures of docs/data/quality.json."""
         self.data = data
-        self.cells = {(c["policy"], c["documents"], c["kind"]): c for c in rows_of(data["cells"])}
+        cells = (c for c in rows_of(data["cells"]) if c["asked"] >= LEAST)
+        self.cells = {(c["policy"], c["documents"], c["kind"]): c for c in cells}
         self.contexts = {c["documents"]: c for c in rows_of(data["contexts"])}
         self.ttft = {(c["policy"], c["documents"]): c for c in rows_of(data["ttft"])}
         self.families: dict[str, str] = data["families"]

@@ -23,6 +23,7 @@ SHOWN = (
     ("second look, keep 2, squared", "tab:olive", "-"),
     ("EPIC 16", "tab:purple", "--"),
     ("query-driven .15, best layers", "tab:orange", "-"),
+    ("encoded behind parts before", "tab:cyan", "-"),
 )
 
 
