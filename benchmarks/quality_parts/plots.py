@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from quality_parts.claims import LEAST
 from quality_parts.contexts import KINDS
 from quality_parts.policies import FULL, PLAIN, TRUNCATED
 from quality_parts.summary import rows_of
@@ -38,7 +39,7 @@ def plot(data: dict[str, Any], folder: Path) -> list[Path]:
     # Letters stay letters, and the same figures give the same file.
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kvrag", "font.size": 8}
     folder.mkdir(parents=True, exist_ok=True)
-    cells = rows_of(data["cells"])
+    cells = [c for c in rows_of(data["cells"]) if c["asked"] >= LEAST]
     made = [
         _figure(
             folder / f"quality-{kind}.svg",
