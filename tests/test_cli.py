@@ -225,8 +225,9 @@ def test_caches_in_fewer_bits(run: Run, notes: Path, model: Path) -> None:
     assert coded["unchanged"] == raw["chunks"]
     assert coded["cache_bytes"] < 0.8 * raw["cache_bytes"]  # what was written raw is gone
     assert all(use["is_hit"] for use in run("ask", "Who?", "--json").object["sources"])
-    assert ingest()["cache_bytes"] == coded["cache_bytes"]  # a folder stays with its codec
-    assert ingest("--codec", "raw")["cache_bytes"] == raw["cache_bytes"]
+    stays = pytest.approx(coded["cache_bytes"], rel=0.001)  # the time of writing has more or fewer digits
+    assert ingest()["cache_bytes"] == stays
+    assert ingest("--codec", "raw")["cache_bytes"] == pytest.approx(raw["cache_bytes"], rel=0.001)
     assert_refused(run("ingest", notes, "--model", model, "--codec", "zip"), "no codec 'zip'")
 
 
