@@ -91,7 +91,7 @@ class Home:
         try:
             raw = json.loads(file.read_text())
             forms = {name: RagPrompt(**form) for name, form in raw["forms"].items()}
-            return Settings(raw["model"], forms, raw.get("chroma"), raw.get("codec", "raw"))
+            return Settings(raw["model"], forms, raw.get("chroma"), str(raw.get("codec", "raw")))
         except FileNotFoundError as error:
             raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
         except OSError as error:

@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 
 from kvrag.compose import Arrangement
-from kvrag.doctor.policies import divergence
+from kvrag.doctor.policies import divergence, logits_of
 from kvrag.doctor.prompts import CONTINUATION, Prepared
 from kvrag.errors import ConfigError
 from kvrag.focus.policy import PLAIN
@@ -78,28 +78,14 @@ class CodecTrial:
             logits.append(read(self._model, seen, tokens[-1:], [position], found.fresh).logits[-1])
         return tuple(tokens), torch.stack(logits).float()
 
-    def _logits(self, arrangement: Arrangement, answer: Sequence[int]) -> torch.Tensor:
-        """[1 + len(answer), V], float32."""
-        found = look(self._model, arrangement, PLAIN)
-        assert isinstance(found.tables, SegmentTable)
-        end = found.composed.end
-        behind = read(
-            self._model,
-            found.tables.seen_from(found.fresh.num_rows),
-            answer,
-            range(end, end + len(answer)),
-            found.fresh,
-            logits_to_keep=0,
-        )
-        return torch.cat((found.read.logits[-1:], behind.logits)).float()
-
     def _score(self, one: Prepared, codec: Codec, answer: Sequence[int], raw: torch.Tensor) -> CodecScore:
         units, written = [], 0
         for unit in one.arrangement.units:
             kv, num_bytes = self._coded(unit.kv, codec)
             units.append(replace(unit, kv=kv))
             written += num_bytes
-        logits = self._logits(replace(one.arrangement, units=tuple(units)), answer)
+        found = look(self._model, replace(one.arrangement, units=tuple(units)), PLAIN)
+        logits = logits_of(self._model, found, PLAIN, answer)
         same = float((raw.argmax(-1) == logits.argmax(-1)).float().mean())
         return CodecScore(codec.name, written / one.num_rows, divergence(raw, logits), same)
 

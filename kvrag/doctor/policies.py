@@ -99,7 +99,7 @@ def _score(model: Model, one: Prepared, full: Full, policy: Policy) -> PolicySco
     found = look(model, one.arrangement, policy, max_new_tokens=len(full.logits))
     int(found.read.logits[-1].argmax())  # a GPU is waited for here
     seconds = time.perf_counter() - began
-    logits = _logits(model, found, policy, full.answer)
+    logits = logits_of(model, found, policy, full.answer)
     kept = set(found.focus.kept)
     rows = sum(unit.kv.num_tokens for unit in one.arrangement.units if unit.number in kept)
     return PolicyScore(
@@ -112,7 +112,7 @@ def _score(model: Model, one: Prepared, full: Full, policy: Policy) -> PolicySco
     )
 
 
-def _logits(model: Model, found: Look, policy: Policy, answer: Sequence[int]) -> torch.Tensor:
+def logits_of(model: Model, found: Look, policy: Policy, answer: Sequence[int]) -> torch.Tensor:
     """[1 + len(answer), V], float32: next tokens behind the question and behind each token of the answer."""
     assert isinstance(found.tables, SegmentTable)  # no policy here decodes with tables of its own per layer
     behind = read(

@@ -49,6 +49,55 @@ class CheckReport:
         return not (self.damaged or self.orphans)
 
 
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a deletion erased; true if there was an entry.
+
+    Attributes:
+        key_id: of the entry.
+        existed: a usable entry was there.
+        erased: every place that held bytes of it and does no more, such as "memory", "disk: data",
+            "disk: quarantine", "objects: s3://bucket/ab/...".
+        num_bytes: bytes that these places held.
+    """
+
+    key_id: str
+    existed: bool
+    erased: tuple[str, ...] = ()
+    num_bytes: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether there was an entry."""
+        return self.existed
+
+
+@dataclass(frozen=True, slots=True)
+class EntryInfo:
+    """What a store knows of an entry without reading its rows.
+
+    Attributes:
+        id: of the entry.
+        tenant: name space it belongs to; "" where there are none.
+        num_bytes: on the disk, or wherever the store keeps it.
+        num_tokens: length of the text.
+        created: seconds since 1970.
+        hits: loads so far.
+        cost_seconds: what reading the text anew took; 0 if unknown.
+        expires: seconds since 1970 after which it is a miss; None: never.
+        pinned: it is never evicted.
+    """
+
+    id: str
+    tenant: str
+    num_bytes: int
+    num_tokens: int
+    created: float
+    hits: int
+    cost_seconds: float
+    expires: float | None
+    pinned: bool
+
+
 class KVStore(Protocol):
     """Keeps texts' keys and values by content.
 
@@ -72,16 +121,24 @@ class KVStore(Protocol):
         """
         ...
 
-    def put(self, key: EntryKey, kv: KV) -> None:
+    def put(
+        self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
+    ) -> None:
         """Keep the rows; after it returns, a crash does not lose them. Replacing equal content is allowed.
+
+        Args:
+            key: what the rows are.
+            kv: the rows.
+            cost_seconds: what reading the text took, for eviction; 0: unknown.
+            ttl_seconds: time to live, after which the entry is a miss and may be removed; None: no end.
 
         Raises:
             StoreWriteError: nothing was written, and what was there before is still there.
         """
         ...
 
-    def delete(self, key_id: str) -> bool:
-        """Remove the entry and its bytes; False if there was none."""
+    def delete(self, key_id: str) -> Receipt:
+        """Remove the entry and its bytes wherever they are; the receipt is false if there was none."""
         ...
 
     def __contains__(self, key: object) -> bool:

@@ -54,6 +54,9 @@ class Codec(ABC):
         Args:
             layer: keys rotated at local positions 0..T-1.
             rotation: of the layer's keys; None in layers without positions.
+
+        Raises:
+            ConfigError: the rows are too large for it.
         """
 
     @abstractmethod
@@ -174,7 +177,11 @@ class Integers(Codec):
         )
 
     def _quantised(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Zero points and scales, float16, size 1 along `dim`, and steps above the zero point, uint8."""
+        """Zero points and scales, float16, size 1 along `dim`, and steps above the zero point, uint8.
+
+        Raises:
+            ConfigError: float16 does not reach as far as the rows do.
+        """
         steps = 2**self._bits - 1
         if not x.numel():
             edge = x.narrow(dim, 0, 1).half()
@@ -183,6 +190,9 @@ class Integers(Codec):
         zero = low.half()
         # The scale has to reach the largest element from the rounded zero point.
         scale = ((high - zero.float()) / steps).half()
+        if not (zero.isfinite() & scale.isfinite()).all():
+            largest = x.abs().max().item()
+            raise ConfigError(f"{self.name} cannot hold rows of up to {largest:.3g}; take fp8 or raw")
         divisor = torch.where(scale == 0, 1.0, scale.float())
         return zero, scale, ((x - zero.float()) / divisor).round().clamp(0, steps).to(torch.uint8)
 

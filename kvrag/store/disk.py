@@ -18,7 +18,7 @@ import torch
 from kvrag.errors import CacheMiss, ConfigError
 from kvrag.segments import KV, LayerKV, LazyLayers
 from kvrag.store import advice, layout
-from kvrag.store.base import CheckReport, StoreStats, check_rows
+from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows
 from kvrag.store.codec import codec_named
 from kvrag.store.files import (
     PARTIAL,
@@ -118,7 +118,9 @@ class DiskStore:
             return kv
         raise self._miss(key.id)
 
-    def put(self, key: EntryKey, kv: KV) -> None:
+    def put(
+        self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
+    ) -> None:
         """Write the rows so that a crash after the return does not lose them.
 
         An intact entry under this key is left as it is: equal keys have equal rows.
@@ -138,28 +140,32 @@ class DiskStore:
             self._count("write_failures")
             raise write_error(error, self.path) from error
 
-    def delete(self, key_id: str) -> bool:
-        """Remove the entry, its bytes and what quarantine may hold of it; False if there was none.
+    def delete(self, key_id: str) -> Receipt:
+        """Remove the entry, its bytes and what quarantine may hold of it.
 
         Raises:
             StoreWriteError: the files cannot be removed.
         """
         if not _ID.fullmatch(key_id):
-            return False
+            return Receipt(key_id, False)
         self._kept.drop(key_id)
         manifest, data = self._files(key_id)
         try:
             if not (manifest.exists() or data.exists() or any(self._quarantined(key_id))):
-                return False
+                return Receipt(key_id, False)
+            erased, num_bytes = [], 0
             with exclusive(self._lock_file):
                 existed = manifest.exists()
                 for file in (manifest, data, *self._quarantined(key_id)):
-                    file.unlink(missing_ok=True)
+                    if file.exists():
+                        num_bytes += file.stat().st_size
+                        file.unlink(missing_ok=True)
+                        erased.append(f"disk: {file.relative_to(self.path)}")
                 if data.parent.is_dir():
                     sync_folder(data.parent)
         except OSError as error:
             raise write_error(error, self.path) from error
-        return existed
+        return Receipt(key_id, existed, tuple(erased), num_bytes)
 
     def __contains__(self, key: object) -> bool:
         """Whether an entry exists under this `EntryKey` or id; does not read it."""
@@ -306,12 +312,12 @@ class DiskStore:
             whole = KV(key.tokens, tuple(layers))
             self._keep(key.id, signature, manifest, whole)  # from now on like one loaded at once
 
-        layers = MappedLayers(len(key.tokens), [end - start for start, end in spans], prove, finish)
+        layers = MappedLayers(len(key.tokens), manifest.row_bytes(), prove, finish)
         return KV(key.tokens, layers)
 
     def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:
         if self._signature(key_id) == signature:
-            self._kept.keep(key_id, signature, kv, max(manifest.file_size, manifest.row_bytes()))
+            self._kept.keep(key_id, signature, kv, max(manifest.file_size, sum(manifest.row_bytes())))
 
     def _lose(self, key_id: str, signature: Signature, damage: Damaged) -> None:
         """Set an entry aside that was handed out before, unless other files have taken its place."""

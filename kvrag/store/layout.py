@@ -91,10 +91,10 @@ class Manifest:
             yield start, end
             start = end
 
-    def row_bytes(self) -> int:
-        """Bytes of all rows in memory."""
-        elements = sum(heads * (key_size + value_size) for heads, key_size, value_size in self.layers)
-        return elements * self.num_tokens * self.dtype.itemsize
+    def row_bytes(self) -> list[int]:
+        """Bytes of each layer's rows in memory."""
+        size = self.num_tokens * self.dtype.itemsize
+        return [heads * (key_size + value_size) * size for heads, key_size, value_size in self.layers]
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ class MappedLayers(LazyLayers):
 
     Args:
         num_tokens: rows of every layer.
-        sizes: bytes of each layer in the file.
+        sizes: bytes of each layer's rows.
         load: gives one layer, verified and counted, or raises; it is asked again at the next touch then.
         finish: called once all layers are proven.
     """
@@ -53,7 +53,7 @@ class MappedLayers(LazyLayers):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all layers in the file: shapes come from the manifest, so that no row is touched."""
+        """Bytes of all layers: shapes come from the manifest, so that no row is touched."""
         return self._num_bytes
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Iterator
 
 from kvrag.errors import CacheMiss
 from kvrag.segments import KV
-from kvrag.store.base import CheckReport, StoreStats, check_rows
+from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows
 from kvrag.store.key import EntryKey
 
 
@@ -16,6 +18,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._entries: dict[str, KV] = {}
+        self._ends: dict[str, float] = {}  # by the clock that never jumps
         self._lock = threading.Lock()
         self._hits = 0
         self._misses = 0
@@ -23,6 +26,8 @@ class MemoryStore:
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the rows that were put, all at once; see `KVStore.get`."""
         with self._lock:
+            if self._ends.get(key.id, math.inf) <= time.monotonic():
+                self._forget(key.id)
             kv = self._entries.get(key.id)
             if kv is None:
                 self._misses += 1
@@ -30,16 +35,26 @@ class MemoryStore:
             self._hits += 1
             return kv
 
-    def put(self, key: EntryKey, kv: KV) -> None:
-        """Keep the rows themselves, not a copy: they must not change afterwards."""
+    def put(
+        self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
+    ) -> None:
+        """Keep the rows themselves, not a copy: they must not change afterwards. Nothing is ever evicted."""
         check_rows(key, kv)
         with self._lock:
             self._entries[key.id] = kv
+            self._ends.pop(key.id, None)
+            if ttl_seconds is not None:
+                self._ends[key.id] = time.monotonic() + ttl_seconds
 
-    def delete(self, key_id: str) -> bool:
-        """Forget the entry; False if there was none."""
+    def delete(self, key_id: str) -> Receipt:
+        """Forget the entry."""
         with self._lock:
-            return self._entries.pop(key_id, None) is not None
+            kv = self._forget(key_id)
+        return Receipt(key_id, False) if kv is None else Receipt(key_id, True, ("memory",), kv.num_bytes)
+
+    def _forget(self, key_id: str) -> KV | None:
+        self._ends.pop(key_id, None)
+        return self._entries.pop(key_id, None)
 
     def __contains__(self, key: object) -> bool:
         """Whether an entry exists under this `EntryKey` or id."""

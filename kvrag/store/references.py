@@ -69,15 +69,15 @@ class References:
             )
             return self._free(db, before)
 
-    def collect(self, key_ids: Iterable[str], delete: Callable[[str], bool]) -> list[str]:
+    def collect(self, key_ids: Iterable[str], delete: Callable[[str], object]) -> list[str]:
         """Delete the entries among `key_ids` that nobody refers to, while nobody can begin to.
 
         Args:
             key_ids: candidates.
-            delete: removes one entry; False if there was none. `KVStore.delete` is one.
+            delete: removes one entry; false if there was none. `KVStore.delete` is one.
 
         Returns:
-            Ids for which `delete` gave True.
+            Ids for which `delete` gave something true.
 
         Raises:
             StoreWriteError: the file, or an entry, cannot be written.

@@ -96,6 +96,15 @@ def test_fewer_bytes_than_bfloat16(name: str, most: float) -> None:
     assert sum(t.nbytes for t in codec_named(name).pack(rows, None)) <= most * rows.num_bytes
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_rows_beyond_float16_are_refused_and_not_written_as_infinity(name: str) -> None:
+    rows = LayerKV(torch.zeros(1, 32, 8), torch.full((1, 32, 8), 1e6))
+    with pytest.raises(ConfigError, match=r"up to 1e\+06; take fp8 or raw"):
+        codec_named(name).pack(rows, None)
+    found = codec_named("fp8").unpack(codec_named("fp8").pack(rows, None), torch.float32, None)
+    assert relative(found.values, rows.values) < 1e-6
+
+
 def test_odd_heads_do_not_fit_into_pairs() -> None:
     with pytest.raises(ConfigError, match="pairs of channels"):
         codec_named("int4").parts((1, 15, 16), 4, torch.float32)
