@@ -14,6 +14,7 @@ from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.codec import codec_named
 from kvrag.store.key import EntryKey, Fingerprint
+from kvrag.store.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,13 @@ class Caches:
     """
 
     def __init__(
-        self, model: Model, store: KVStore | None, *, codec: str = "raw", token_budget: int = 2048
+        self,
+        model: Model,
+        store: KVStore | None,
+        *,
+        codec: str = "raw",
+        tenant: Tenant | None = None,
+        token_budget: int = 2048,
     ) -> None:
         """Serve one model from one store; None keeps nothing.
 
@@ -44,6 +51,7 @@ class Caches:
             model: the decoder.
             store: where rows are kept.
             codec: how they are written, by name.
+            tenant: whose entries these are; None: nobody's in particular.
             token_budget: most tokens per forward pass while encoding, padding included.
 
         Raises:
@@ -52,6 +60,7 @@ class Caches:
         self.model = model
         self.store = store
         self.codec = codec_named(codec)
+        self.tenant = tenant
         self.token_budget = token_budget
         self._prefixes: dict[Tokens, KV] = {}
         self._fingerprints: dict[Tokens, Fingerprint] = {}
@@ -66,7 +75,7 @@ class Caches:
 
     def fingerprint_behind(self, prefix: Tokens) -> Fingerprint:
         """The same, not remembered: may be called from any thread."""
-        return self.model.fingerprint(prefix, codec=self.codec.name)
+        return self.model.fingerprint(prefix, codec=self.codec.name, tenant=self.tenant)
 
     def prefix(self, tokens: Tokens, *, keep: bool = True) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""

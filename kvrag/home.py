@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvrag.config import store_key
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import DocumentEncoder, Engine
@@ -23,6 +24,7 @@ from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
 from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
+from kvrag.store.tenants import Tenant
 
 CHUNK_TOKENS = 512
 
@@ -64,7 +66,14 @@ class _NoEncoder:
 class Home:
     """Opens what lies in a folder: `chroma/`, `store/`, `settings.json`."""
 
-    def __init__(self, path: str | Path, *, chroma: str | None = None, collection: str = "kvrag") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        chroma: str | None = None,
+        collection: str = "kvrag",
+        tenant: Tenant | None = None,
+    ) -> None:
         """Name the folder; nothing is created yet.
 
         Args:
@@ -72,10 +81,12 @@ class Home:
             chroma: address of a Chroma server (http...); default: the one of the first ingestion, else
                 the embedded database.
             collection: name of the collection.
+            tenant: whose it is; a tenant's collection of this name is not another's.
         """
         self.path = Path(path)
+        self.tenant = tenant
         self._chroma = chroma
-        self._collection = collection
+        self._collection = f"{collection}-{tenant.digest}" if tenant else collection
 
     def exists(self) -> bool:
         """Whether something was ingested here."""
@@ -132,8 +143,12 @@ class Home:
             raise write_error(error, file) from error
 
     def store(self) -> DiskStore:
-        """The caches."""
-        return DiskStore(self.path / "store")
+        """The caches, encrypted if there is a KVRAG_STORE_KEY.
+
+        Raises:
+            ConfigError: they are encrypted with another key, or the key is none.
+        """
+        return DiskStore(self.path / "store", key=store_key())
 
     def index(self) -> Index:
         """The collection."""

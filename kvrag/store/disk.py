@@ -17,6 +17,7 @@ from kvrag.store.codec import codec_named
 from kvrag.store.counts import Counts
 from kvrag.store.eviction import eviction_named
 from kvrag.store.files import write_error
+from kvrag.store.filters import Filters
 from kvrag.store.folder import EntryFolder, is_id
 from kvrag.store.hits import Hits
 from kvrag.store.key import EntryKey
@@ -56,10 +57,15 @@ class DiskStore:
         eviction: what is worth least, by name (`kvrag.store.eviction`). All who put into one folder should
             name the same: whoever evicts with another has all entries weighed anew.
         quotas: bytes by tenant, within the budget: a tenant that is full evicts entries of its own.
+        compress: "zstd" makes files of new entries smaller without changing a row, for slow disks and links;
+            they are no longer attended to where they lie. Entries are read whatever is said here.
+        key: 32 bytes (`kvrag.keys`): everything is encrypted. A store is encrypted as a whole or not at all,
+            as its first entry was; without its key it can be listed, verified and deleted from.
         wall_clock: seconds since 1970, for times to live (`kvrag.store.clock` says what happens if it jumps).
 
     Raises:
-        ConfigError: a setting that cannot work.
+        ConfigError: a setting that cannot work, or not the key that the folder is encrypted with.
+        MissingExtra: compression and encryption need extras, `kvrag[compress]` and `kvrag[encrypt]`.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class DiskStore:
         budget_bytes: int | None = None,
         eviction: str = "gdsf",
         quotas: Mapping[str, int] | None = None,
+        compress: Literal["zstd"] | None = None,
+        key: bytes | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         if verify not in ("load", "never"):
@@ -79,7 +87,7 @@ class DiskStore:
         self.path = Path(path)
         self._limits = Limits(budget_bytes, dict(quotas or {}))
         self._clock = StoreClock(wall_clock)
-        self._folder = EntryFolder(self.path)
+        self._folder = EntryFolder(self.path, Filters(compress, key))
         self._ledger = Ledger(self._folder, self._clock, eviction)
         self._hits = Hits(self._ledger, self._clock)
         self._counts = Counts()
@@ -341,6 +349,8 @@ def _proven(key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) ->
     try:
         found = layout.parse_manifest(manifest)
         layout.verify_parts(data, found)
+        if found.id != key_id:
+            raise Damaged(f"they are those of entry {found.id[:12]}")
     except Damaged as damage:
         raise ConfigError(f"these are not the bytes of entry {key_id[:12]}: {damage}") from damage
     return found

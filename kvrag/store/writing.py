@@ -68,6 +68,7 @@ class Writer:
 
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
+        self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
         self._limits.check_size(tenant_of(manifest), size_of(manifest))
         with self._folder.writing(key_id, manifest, data) as commit, self._ledger.locked():
             if self._folder.exists(key_id):
@@ -82,6 +83,7 @@ class Writer:
             for theirs, mine in zip(reversed(files), reversed(self._folder.files(key_id)), strict=True):
                 rename(theirs, mine)  # the manifest last: with it there is an entry
 
+        self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
         self._limits.check_size(tenant_of(manifest), size_of(manifest))
         make_folder(self._folder.files(key_id)[0].parent)
         with self._ledger.locked():
@@ -118,14 +120,20 @@ class Writer:
         if not self._loader.is_intact(key):
             return None
         try:
-            return self._folder.manifest(key.id)
+            return self._folder.revealed(key.id)[0]
         except Damaged:
             return None  # deleted since
 
     def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
         now = self._clock.now()
-        manifest, parts = layout.encode(key.fingerprint, kv, now)
-        manifest = replace(manifest, cost_seconds=cost_seconds, expires=_end(now, ttl_seconds))
+        manifest, parts = layout.encode(
+            key,
+            kv,
+            now,
+            cost_seconds=cost_seconds,
+            expires=_end(now, ttl_seconds),
+            filters=self._folder.filters,
+        )
         self._limits.check_size(tenant_of(manifest), size_of(manifest))
         with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
             if not self._loader.is_intact(key):  # else another process was faster
@@ -144,10 +152,12 @@ class Writer:
                 expires=_end(now, ttl_seconds),
             )
             if manifest != before:
+                manifest = layout.resealed(manifest, self._folder.filters)
                 self._commit(key.id, manifest, lambda: self._folder.rewrite(key.id, manifest))
 
     def _commit(self, key_id: str, manifest: Manifest, commit: Callable[[], None]) -> None:
         """Make room, then have the entry; the caller holds the lock."""
+        self._folder.filters.claim(self._folder.path)
         self._loader.kept.drop(key_id)
         victims = self._victims(tenant_of(manifest), key_id, size_of(manifest))
         floor = max((victim.priority for victim in victims), default=0.0)
