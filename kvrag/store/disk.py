@@ -349,8 +349,8 @@ def _proven(key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) ->
     try:
         found = layout.parse_manifest(manifest)
         layout.verify_parts(data, found)
-        if found.id != key_id:
-            raise Damaged(f"they are those of entry {found.id[:12]}")
     except Damaged as damage:
         raise ConfigError(f"these are not the bytes of entry {key_id[:12]}: {damage}") from damage
+    if found.id != key_id:
+        raise ConfigError(f"these are the bytes of entry {found.id[:12]}, not of {key_id[:12]}")
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ _LEAST_GAIN = 1 / 16  # below it a mapped file is worth more
 SEALED = "sealed"
 """Suffix of encrypted data files."""
 _NAME = "store.json"
+_OPEN = "open it with its key (key=..., KVRAG_STORE_KEY)"
 
 
 class Filters:
@@ -51,6 +53,7 @@ class Filters:
             planes.zstandard()
         self.compress = compress
         self.key = None if key is None else MasterKey(key)
+        self._folder: Path | None = None
 
     @property
     def is_encrypting(self) -> bool:
@@ -67,16 +70,18 @@ class Filters:
             entry_id: of the entry.
 
         Raises:
-            ConfigError: encrypted, and no key was given.
+            ConfigError: encrypted, and no key was given, or keys were changed.
             Damaged: not as this store writes: unencrypted, or under another key.
         """
         if self.key is None:
             if CIPHER in chain:
-                raise ConfigError("the store is encrypted: open it with its key (key=..., KVRAG_STORE_KEY)")
+                raise ConfigError(f"the store is encrypted: {_OPEN}")
             return None
         if CIPHER not in chain:
             raise Damaged("the entry is not encrypted, and its store is: somebody else has put it there")
         if not self.key.is_called(key_id):
+            if self._folder is not None:
+                self.look_at(self._folder)  # keys were changed behind our back: an error, and no damage
             raise Damaged("the entry was encrypted with another key")
         return self.key.cipher(tenant, entry_id)
 
@@ -88,8 +93,8 @@ class Filters:
         """
         if (CIPHER in chain) != self.is_encrypting or (self.key and not self.key.is_called(key_id)):
             raise ConfigError(
-                "files can only be taken over between stores that are both not encrypted, or with the same key; "
-                "load the rows from the one and put them into the other"
+                "files can only be taken over between stores that are both not encrypted, or with the same "
+                "key; load the rows from the one and put them into the other"
             )
 
     def sealing(self, tenant: str, entry_id: str) -> Cipher | None:
@@ -115,17 +120,26 @@ class Filters:
         Raises:
             ConfigError: another key, a key for unencrypted entries, or an unreadable `store.json`.
         """
-        key_id = _key_id(folder)
+        note = read_note(folder)
+        self._folder = folder
         if self.key is None:
-            return key_id is not None
-        if key_id is None and next(folder.glob("[0-9a-f][0-9a-f]/*.json"), None):
+            return note is not None
+        if note is None:
+            if next(folder.glob("[0-9a-f][0-9a-f]/*.json"), None):
+                raise ConfigError(
+                    f"the store at {folder} has entries that are not encrypted (or has lost its {_NAME}): "
+                    "open it without a key, or choose another folder"
+                )
+            return True
+        if not self.key.is_called(note.key_id):
             raise ConfigError(
-                f"the store at {folder} has entries that are not encrypted (or has lost its {_NAME}): "
-                "open it without a key, or choose another folder"
+                f"the store at {folder} is encrypted with the key {note.key_id[:8]}, "
+                f"given was {self.key.id[:8]}"
             )
-        if key_id is not None and not self.key.is_called(key_id):
+        if note.previous:
             raise ConfigError(
-                f"the store at {folder} is encrypted with the key {key_id[:8]}, given was {self.key.id[:8]}"
+                f"a change of keys was interrupted in {folder}: "
+                "run kvrag.store.rekey.rekey again with both keys"
             )
         return True
 
@@ -137,17 +151,9 @@ class Filters:
             OSError: it cannot be written.
         """
         if self.look_at(folder) and self.key is None:
-            raise ConfigError(
-                f"the store at {folder} is encrypted: open it with its key (key=..., KVRAG_STORE_KEY)"
-            )
-        file = folder / _NAME
-        if self.key is None or file.exists():
-            return
-        says = {"layout": LAYOUT_VERSION, "encryption": CIPHER, "key_id": self.key.id}
-        partial = folder / f"{_NAME}{PARTIAL}"
-        remove(partial)  # of a crash: nobody else is writing one now
-        write_partial(partial, [json.dumps(says).encode() + b"\n"])
-        commit(partial, file)
+            raise ConfigError(f"the store at {folder} is encrypted: {_OPEN}")
+        if self.key is not None and not (folder / _NAME).exists():
+            write_note(folder, Note(self.key.id))
 
 
 PLAIN = Filters()
@@ -192,8 +198,21 @@ def place(number: int, chain: Sequence[str]) -> tuple[str, str]:
     return f"layer {number}", "+".join(chain)
 
 
-def _key_id(folder: Path) -> str | None:
-    """Of the key that the folder is encrypted with; None if it does not say that it is.
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What an encrypted folder says of itself.
+
+    Attributes:
+        key_id: of the key of its entries.
+        previous: while keys are changed that of those that still have the one before; else "".
+    """
+
+    key_id: str
+    previous: str = ""
+
+
+def read_note(folder: Path) -> Note | None:
+    """What the folder says; None if it does not say that it is encrypted.
 
     Raises:
         ConfigError: `store.json` is not of this form.
@@ -201,14 +220,26 @@ def _key_id(folder: Path) -> str | None:
     file = folder / _NAME
     try:
         says = json.loads(file.read_bytes())
-        if (says["layout"], says["encryption"]) != (LAYOUT_VERSION, CIPHER):
-            raise ConfigError(f"{file} is of another version: {says['layout']}, {says['encryption']}")
-        return str(says["key_id"])
+        version, note = (says["layout"], says["encryption"]), Note(str(says["key_id"]), str(says["previous"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
-            f"{file} cannot be read ({error}): restore it, or remove the whole store"
+            f"{file} cannot be read ({error!r:.200}): restore it, or remove the whole store"
         ) from error
+    if version != (LAYOUT_VERSION, CIPHER):
+        raise ConfigError(f"{file} is of another version: {version[0]}, {version[1]}")
+    return note
+
+
+def write_note(folder: Path, note: Note) -> None:
+    """Have the folder say so, in one step; the caller holds the store's lock.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    says = {"layout": LAYOUT_VERSION, "encryption": CIPHER, **asdict(note)}
+    partial = folder / f"{_NAME}{PARTIAL}"
+    remove(partial)  # of a crash: nobody else is writing one now
+    write_partial(partial, [json.dumps(says).encode() + b"\n"])
+    commit(partial, folder / _NAME)

@@ -50,6 +50,7 @@ __all__ = [
     "prove_name",
     "read_manifest",
     "reader",
+    "rekeyed",
     "resealed",
     "reveal",
     "rotations_of",
@@ -131,6 +132,35 @@ def encode(
     if cipher and filters.key:
         manifest = sealed(replace(manifest, key_id=filters.key.id), cipher)
     return manifest, [header, *(part for layer in layers for part in layer), tokens]
+
+
+def rekeyed(
+    data: torch.Tensor, manifest: Manifest, before: Filters, after: Filters
+) -> tuple[Manifest, list[bytes | memoryview]]:
+    """An encrypted entry under another key: manifest and the data file's parts in order.
+
+    Args:
+        data: the mapped file, verified.
+        manifest: of the entry, as it was read.
+        before: with the key that it has.
+        after: with the key that it gets.
+
+    Raises:
+        Damaged: it cannot be decrypted.
+    """
+    revealed, old = reveal(manifest, before)
+    new = after.sealing(str(manifest.fingerprint["tenant"]), manifest.id)
+    if old is None or new is None or after.key is None:
+        raise Damaged("the entry is not encrypted")
+    spans = [*manifest.layer_spans(), (manifest.tokens_start, manifest.file_size)]
+    places = [*(place(n, manifest.filters) for n in range(len(manifest.layers))), ("tokens",)]
+    blobs = [
+        memoryview(new.seal([old.open(data[start:end].numpy().data, *where).numpy().data], *where))
+        for (start, end), where in zip(spans, places, strict=True)
+    ]
+    *layers, tokens = map(checksum, blobs)
+    sums = Checksums(manifest.checksums.header, tokens, tuple(layers))
+    return sealed(replace(revealed, checksums=sums, key_id=after.key.id), new), [_SEALED_HEADER, *blobs]
 
 
 def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation | None]:

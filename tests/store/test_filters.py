@@ -335,7 +335,8 @@ def test_a_crash_while_the_key_is_noted_is_mended(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, key=MASTER)
     store.put(key_of(), ROWS)
     says = json.loads((tmp_path / "store.json").read_bytes())
-    assert says == {"layout": 2, "encryption": "aes256gcm", "key_id": MasterKey(MASTER).id}
+    expected = {"layout": 2, "encryption": "aes256gcm", "key_id": MasterKey(MASTER).id, "previous": ""}
+    assert says == expected
     assert not (tmp_path / "store.json.partial").exists()
     assert_same_rows(DiskStore(tmp_path, key=MASTER).get(key_of()), ROWS)
 
