@@ -161,13 +161,18 @@ class Home:
         """Collection and caches together; without an engine only for listing, removing and counting.
 
         Args:
-            engine: reads the documents.
+            engine: reads the documents, for the tenant whose folder this is opened for.
             neighbours: encode new documents behind so many others, if the collection has no number of its
                 own yet; None: as it is.
+
+        Raises:
+            ConfigError: the engine works for another tenant.
         """
         index = self.index()
         if engine is None:
             return Corpus(index, self.store(), _NoEncoder())
+        if engine.tenant != self.tenant:
+            raise ConfigError("the engine's tenant is not the folder's: give both the same, or none")
         fitting = neighbours if index.neighbours in (0, neighbours) else None
         store = engine.store or self.store()
         return Corpus(index, store, engine.encoder(self.form(engine)), neighbours=fitting)

@@ -18,8 +18,8 @@ def rekey(
 ) -> int:
     """Encrypt all entries of a store under a new key; the number of entries that were.
 
-    It holds the store's lock all the time. Interrupted, it leaves a store that nobody can read until it is run
-    again with the same keys, and goes on where it was. Entries that are damaged stay as they are, for
+    It holds the store's lock all the time. Interrupted, it leaves a store that nobody can read until it is
+    run again with the same keys, and goes on where it was. Entries that are damaged stay as they are, for
     `check` to find. What quarantine has under the old key is removed.
 
     Args:
