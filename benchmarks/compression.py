@@ -1,6 +1,6 @@
 """Lossless compression and encryption of caches: how much smaller, how fast, and when reading less pays.
 
-Every figure is of one thread, the best of several runs, beside a plain read of the same bytes in the same process.
+One thread, the best of several runs, beside a plain copy of the same bytes in the same process.
 
     python benchmarks/compression.py             # the shipped reader, and a 0.5B Llama shape of random weights
     python benchmarks/compression.py --smoke     # seconds, for continuous integration
