@@ -2,8 +2,8 @@
 
 One thread, the best of several runs, beside a plain copy of the same bytes in the same process.
 
-    python benchmarks/compression.py             # the shipped reader, and a 0.5B Llama shape of random weights
-    python benchmarks/compression.py --smoke     # seconds, for continuous integration
+    python benchmarks/compression.py            # the shipped reader, and a 0.5B Llama shape of random weights
+    python benchmarks/compression.py --smoke    # seconds, for continuous integration
 
 Rows of random weights are no rows of a model; of those here only the reader's are.
 """

@@ -21,9 +21,11 @@ from kvrag.options import (
     HomeOption,
     JsonOption,
     ModelOption,
+    TenantOption,
     check_layers,
     parse_keep,
     parse_layers,
+    tenant_named,
 )
 from kvrag.terminal import print_json, print_reply, print_rows, progress_bar, size, stderr, stdout
 
@@ -43,10 +45,10 @@ app = typer.Typer(
 )
 
 
-def _open(folder: Path | None, chroma: str | None, collection: str) -> Any:
+def _open(folder: Path | None, chroma: str | None, collection: str, tenant: str | None) -> Any:
     from kvrag.home import Home  # noqa: PLC0415 - help texts must not wait for torch and chromadb
 
-    return Home(folder or home(), chroma=chroma, collection=collection)
+    return Home(folder or home(), chroma=chroma, collection=collection, tenant=tenant_named(tenant))
 
 
 def _engine(
@@ -59,7 +61,12 @@ def _engine(
     name = model or place.model()
     with stderr().status(f"loading {name}"):
         return Engine.from_pretrained(
-            name, store=place.store(), device=device, dtype=dtype, codec=codec or place.codec()
+            name,
+            store=place.store(),
+            device=device,
+            dtype=dtype,
+            codec=codec or place.codec(),
+            tenant=place.tenant,
         )
 
 
@@ -83,6 +90,7 @@ def ingest(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     chunk_tokens: Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=1)] = 512,
@@ -110,7 +118,7 @@ def ingest(
     from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     texts = list(files.load(paths))
     with _engine(place, model, device, dtype, codec=codec) as engine:
         _warn_of_reader(engine, place)
@@ -150,6 +158,7 @@ def ask(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
@@ -198,7 +207,7 @@ def ask(
         max_risk=max_risk,
         spans=spans,
     )
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     place.settings()
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     out = stdout()
@@ -224,13 +233,14 @@ def list_documents(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the chunks of the collection.
 
     Example: kvrag ls --json
     """
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     place.settings()
     with place.corpus() as corpus:
         records = sorted(corpus.documents(), key=lambda r: (str(r.metadata.get("source", "")), r.id))
@@ -248,6 +258,7 @@ def rm(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove chunks by id, or all chunks of a source or file; their caches' bytes go with them.
@@ -256,7 +267,7 @@ def rm(
     """
     from kvrag.home import file_of  # noqa: PLC0415
 
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     place.settings()
     with place.corpus() as corpus:
         sources = {r.id: str(r.metadata.get("source", "")) for r in corpus.documents()}
@@ -277,13 +288,14 @@ def stats(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count chunks, entries and bytes.
 
     Example: kvrag stats
     """
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     settings = place.settings()
     with place.corpus() as corpus:
         counts = corpus.stats()
@@ -308,6 +320,7 @@ def reconcile(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -316,7 +329,7 @@ def reconcile(
 
     Example: kvrag reconcile
     """
-    place = _open(folder, chroma, collection)
+    place = _open(folder, chroma, collection, tenant)
     place.settings()
     with (
         _engine(place, model, device, dtype) as engine,

@@ -25,6 +25,7 @@ from kvrag import cli, doctor
 from kvrag.engine import Engine
 from kvrag.focus.policy import PRESETS
 from kvrag.home import Home
+from kvrag.keys import write_key
 from kvrag.model import READER
 from kvrag.testing.models import tiny_model, tiny_tokenizer
 
@@ -66,7 +67,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line in this process, as the installed program runs it, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KVRAG_HOME", raising=False)
+    for name in ("KVRAG_HOME", "KVRAG_STORE_KEY", "KVRAG_TENANT_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["kvrag", *map(str, arguments)])
@@ -229,6 +231,47 @@ def test_caches_in_fewer_bits(run: Run, notes: Path, model: Path) -> None:
     assert ingest()["cache_bytes"] == stays
     assert ingest("--codec", "raw")["cache_bytes"] == pytest.approx(raw["cache_bytes"], rel=0.001)
     assert_refused(run("ingest", notes, "--model", model, "--codec", "zip"), "no codec 'zip'")
+
+
+def test_tenants_have_documents_of_their_own(
+    run: Run, notes: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = {name: write_key(tmp_path / f"{name}.key") for name in ("acme", "bolt")}
+    assert_refused(run("ingest", notes, "--model", model, "--tenant", "acme"), "KVRAG_TENANT_KEY is not")
+    for name, files in (("acme", ["a.txt", "b.md"]), ("bolt", ["a.txt"])):
+        monkeypatch.setenv("KVRAG_TENANT_KEY", str(tmp_path / f"{name}.key"))
+        paths = [notes / file for file in files]
+        assert run("ingest", *paths, "--model", model, "--tenant", name, "--json").object["added"] == len(
+            files
+        )
+        assert len(run("ls", "--tenant", name, "--json").object) == len(files)
+    assert_refused(run("ls"), "--tenant is not")
+    ids = [record["id"] for record in run("ls", "--tenant", "bolt", "--json").object]
+    assert run("rm", *ids, "--tenant", "bolt").status == 0
+    assert run("ls", "--tenant", "bolt", "--json").object == []
+    monkeypatch.setenv("KVRAG_TENANT_KEY", keys["acme"].hex())
+    reply = run(
+        "ask", "When was the lighthouse built?", "--tenant", "acme", "--json", "--max-new-tokens", "2"
+    ).object
+    assert len(reply["sources"]) == 2
+    assert all(source["is_hit"] for source in reply["sources"])
+    monkeypatch.setenv("KVRAG_TENANT_KEY", keys["bolt"].hex())  # the right name with another secret
+    assert run("ls", "--tenant", "acme", "--json").object == []
+    monkeypatch.delenv("KVRAG_TENANT_KEY")
+    assert run("ls", "--json").object == []
+
+
+def test_a_key_in_the_environment_encrypts_the_caches(
+    run: Run, notes: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVRAG_STORE_KEY", write_key(tmp_path / "key").hex())
+    assert run("ingest", notes, "--model", model).status == 0
+    assert list(tmp_path.glob(".kvrag/store/*/*.sealed"))
+    assert run("ask", "When?", "--max-new-tokens", "2").status == 0
+    monkeypatch.setenv("KVRAG_STORE_KEY", "0" * 64)
+    assert_refused(run("ask", "When?"), "is encrypted with the key")
+    monkeypatch.setenv("KVRAG_STORE_KEY", "0")
+    assert_refused(run("ask", "When?"), "KVRAG_STORE_KEY: a key is 64 hexadecimal digits")
 
 
 def test_sampling_is_repeatable(ingested: Run) -> None:
