@@ -1,7 +1,7 @@
-"""Run by test_processes.py in a process of its own: forks one that uses a store, kills it, looks at what is left.
+"""Run by test_processes.py in a process of its own: forks one that uses a store, kills it, looks on.
 
-Usage: killed_stores.py FOLDER ROUNDS BUDGET (0: none). Every operation is told before it begins and when it has
-ended, so that what was acknowledged is known. Prints the number of kills and of acknowledged entries found.
+Usage: killed_stores.py FOLDER ROUNDS BUDGET (0: none). Every operation is told before it begins and when it
+has ended, so that what was acknowledged is known. Prints the number of kills and of such entries found.
 """
 
 import os
@@ -74,13 +74,10 @@ def follow(there: dict[int, bool | None], said: list[str]) -> None:
 
 
 def look(folder: Path, budget: int | None, there: dict[int, bool | None]) -> int:
-    found, sizes = 0, 0
-    store = DiskStore(folder, budget_bytes=budget)
+    found, store = 0, DiskStore(folder, budget_bytes=budget)
+    sizes = sum(file.stat().st_size for key_id in store.ids() for file in store.files_of(key_id))
+    assert budget is None or sizes <= budget, f"{sizes} bytes in a budget of {budget}"
     for number, key in enumerate(KEYS):
-        sizes += sum(file.stat().st_size for file in store.files_of(key.id)[:1] if file.exists())
-        sizes += sum(
-            f.stat().st_size for f in store.files_of(key.id)[1:] if f.exists() and key.id in set(store.ids())
-        )
         try:
             assert_same_rows(store.get(key), ROWS[number])
         except CacheMiss:
@@ -88,7 +85,6 @@ def look(folder: Path, budget: int | None, there: dict[int, bool | None]) -> int
             continue
         assert there[number] is not False, f"{number} was deleted and is there"
         found += there[number] is True
-    assert budget is None or sizes <= budget, f"{sizes} bytes in a budget of {budget}"
     stats = store.stats()
     assert stats.damaged == 0
     assert stats.entries == len(list(store.ids()))
@@ -102,8 +98,7 @@ def look(folder: Path, budget: int | None, there: dict[int, bool | None]) -> int
 
 def main(folder: Path, rounds: int, budget: int | None) -> None:
     torch.set_num_threads(1)
-    there: dict[int, bool | None] = dict.fromkeys(range(len(KEYS)), None)
-    there.update(dict.fromkeys(there, False))
+    there: dict[int, bool | None] = dict.fromkeys(range(len(KEYS)), False)
     found = 0
     for number in range(rounds):
         follow(there, killed(folder, budget, number))
