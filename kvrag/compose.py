@@ -93,6 +93,14 @@ class Arrangement:
         """The arrangement without the other documents and their tails; nothing moves."""
         return replace(self, units=tuple(u for u in self.units if u.number in documents))
 
+    def packed(self) -> Arrangement:
+        """The documents one behind the other, in their order, and the query behind them."""
+        at, starts = self.start, {}
+        for unit in self.units:
+            starts[unit.number] = at
+            at += unit.length
+        return self.placed(starts, at)
+
     def in_order(self) -> Arrangement:
         """The same places, the documents in the order of these; at one place, in retrieval order."""
         return replace(self, units=tuple(sorted(self.units, key=lambda u: (u.start, u.number))))

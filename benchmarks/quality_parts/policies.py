@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvrag.focus import policy as presets
+from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.policy import Policy, SecondLook
 from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore, Scorer
@@ -15,12 +16,14 @@ from kvrag_kernels import Group
 
 FULL, TRUNCATED, PLAIN = "full attention", "full, truncated", "re-positioning"
 KEEPS = (1, 2, 0.5)
+HEATS = Heats()
 
 # What plots and claims rest on.
 CORE = frozenset(
     {
         *(PLAIN, "naive", "PCW", "APE .9/.9"),
-        *("keep .5, sort", "keep .5, random", "keep .5, rank", "keep 2, best layer"),
+        *("keep .5, sort", "keep .5, random", "keep .5, rank"),
+        *("keep 2, best layer", "keep 2, best layer, heats"),
         "encoded behind parts before",
     }
 )
@@ -116,8 +119,10 @@ def _layouts() -> list[Entry]:
     ]
 
 
-def _pruning(keep: float, order: str, scorer: Scorer, start: int | None = None) -> Policy:
-    pruning = Pruning(keep=keep, scorer=scorer, start=start)
+def _pruning(
+    keep: float, order: str, scorer: Scorer, start: int | None = None, heats: Heats | None = None
+) -> Policy:
+    pruning = Pruning(keep=keep, scorer=scorer, start=start, heats=heats)
     return Policy(name="cachefocus", placement=Placement(order=order), pruning=pruning)
 
 
@@ -158,14 +163,18 @@ def _best(scores: Scores) -> list[Entry]:
     made = [("best layer", scores.single, keep) for keep in KEEPS] + [
         ("best pair", scores.pair, keep) for keep in KEEPS[1:]
     ]
+    in_heats = _pruning(2, "sort", scores.single, _from(scores.single), HEATS)
     return [
-        _fixed(
-            f"keep {_short(keep)}, {name}",
-            "best layers",
-            _pruning(keep, "sort", score, _from(score)),
-            least=2,
-        )
-        for name, score, keep in made
+        *(
+            _fixed(
+                f"keep {_short(keep)}, {name}",
+                "best layers",
+                _pruning(keep, "sort", score, _from(score)),
+                least=2,
+            )
+            for name, score, keep in made
+        ),
+        _fixed("keep 2, best layer, heats", "best layers", in_heats, least=2),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvrag.errors import ConfigError
+from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.pruning import AttentionScore, Pruning, Scorer
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven, Repair
@@ -75,10 +76,17 @@ PLAIN = Policy()
 
 
 def cachefocus(
-    keep: int | float = 0.5, *, layers: tuple[int, ...] | None = None, repair: Repair | None = None
+    keep: int | float = 0.5,
+    *,
+    layers: tuple[int, ...] | None = None,
+    repair: Repair | None = None,
+    heats: Heats | None = None,
 ) -> Policy:
-    """Prune while the question is read, the survivors sorted towards the query (arXiv:2502.11101)."""
-    pruning = Pruning(keep=keep, scorer=AttentionScore(layers))
+    """Prune while the question is read, the survivors sorted towards the query (arXiv:2502.11101).
+
+    With `heats`, which are not the paper's, documents beyond the window are compared in groups first.
+    """
+    pruning = Pruning(keep=keep, scorer=AttentionScore(layers), heats=heats)
     return Policy(name="cachefocus", placement=Placement(order="sort"), pruning=pruning, repair=repair)
 
 
