@@ -14,6 +14,7 @@ from kvrag.focus.heats import Heats, balanced
 from kvrag.focus.policy import Policy
 from kvrag.focus.pruning import Pruning
 from kvrag.focus.scoring import among, depth_of
+from kvrag.focus.together import groups_of
 from kvrag.model import Model
 from kvrag.prefill import read_first
 from kvrag.room import place
@@ -89,8 +90,8 @@ class _Runner:
 
     @property
     def keep(self) -> int:
-        """Documents wanted in the end."""
-        return self.pruning.num_kept(len(self.arrangement.units))
+        """Documents wanted in the end, or sources if their chunks stay together."""
+        return self.pruning.num_kept(len(self.entrants(self.arrangement)))
 
     @property
     def depth(self) -> int:
@@ -98,6 +99,12 @@ class _Runner:
         num_layers = self.model.num_layers
         depth = self.heats.depth or depth_of(self.heats.scorer or self.pruning.scorer)
         return min(num_layers, depth or self.pruning.first(num_layers))
+
+    def entrants(self, arrangement: Arrangement) -> list[tuple[Unit, ...]]:
+        """Documents that share their fate, in order of the first."""
+        units = arrangement.units
+        groups = groups_of([unit.source for unit in units], self.pruning.together)
+        return [tuple(units[i] for i in group) for group in groups]
 
     def span(self, units: Sequence[Unit]) -> int:
         """Positions that documents take side by side."""
@@ -110,30 +117,37 @@ class _Runner:
             entered: after the rounds before.
             room: positions that those who come through may take.
         """
-        units = entered.arrangement.units
-        size = max(1, int(self.capacity * self.heats.size))
-        groups = balanced(len(units), lambda places: self.span([units[i] for i in places]), size)
-        if len(groups) == len(units):
+        entrants = self.entrants(entered.arrangement)
+
+        def span(places: Sequence[int]) -> int:
+            return self.span([unit for i in places for unit in entrants[i]])
+
+        groups = balanced(len(entrants), span, max(1, int(self.capacity * self.heats.size)))
+        if len(groups) == len(entrants):
             return entered
-        share, left, masses = room / self.span(units), set[int](), dict(entered.question_mass)
+        share, left, masses = room / span(range(len(entrants))), set[int](), dict(entered.question_mass)
+        heats = []
         for group in groups:
-            numbers = tuple(units[i].number for i in group)
+            numbers = sorted(unit.number for i in group for unit in entrants[i])
             best_first, mass = self.heat(entered.arrangement.only(numbers))
-            left |= set(best_first[: self.heats.num_winners(len(group), self.keep, share)])
+            winners = self.heats.num_winners(len(group), self.keep, share)
+            left |= {number for entrant in best_first[:winners] for number in entrant}
             masses |= mass
+            heats.append(tuple(numbers))
         return Rounds(
             entered.arrangement.only(left),
             self.policy,
             self.depth,
             {number: mass for number, mass in masses.items() if number not in left},
-            (*entered.heats, tuple(tuple(units[i].number for i in group) for group in groups)),
+            (*entered.heats, tuple(heats)),
         )
 
-    def heat(self, group: Arrangement) -> tuple[list[int], dict[int, float]]:
+    def heat(self, group: Arrangement) -> tuple[list[Numbers], dict[int, float]]:
         """Read the question over one group.
 
         Returns:
-            Numbers of the documents, the best first and at equal scores the earlier one; their masses.
+            Numbers of the documents that share their fate, the best first and at equal scores the earlier
+            ones; masses of all.
         """
         arranged, placed = place(group, self.policy.placement, self.capacity)
         numbers = [unit.number for unit in arranged.units]
@@ -156,8 +170,9 @@ class _Runner:
             looking=Looking(self.policy.group),
         )
         mass = torch.stack(seen.mass)[..., composed.question :].mean((0, 2)).tolist()
-        order = sorted(range(len(numbers)), key=lambda i: (-focus.scores[i], i))
         documents = [s.document for s in composed.table]
-        return [numbers[i] for i in order], {
+        scores, entrants = focus.group_scores(), self.entrants(arranged)
+        best_first = sorted(range(len(entrants)), key=lambda i: (-scores[i], i))
+        return [tuple(unit.number for unit in entrants[i]) for i in best_first], {
             n: m for n, m in zip(documents, mass, strict=True) if n is not None
         }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from kvrag.errors import ConfigError
 from kvrag.focus.heats import Heats
 from kvrag.focus.scoring import AttentionScore, GivenScore, RandomScore, RankScore, Scorer
+from kvrag.focus.together import Together, check
 
 __all__ = ["AttentionScore", "GivenScore", "Pruning", "RandomScore", "RankScore", "Scorer"]
 
@@ -29,6 +30,8 @@ class Pruning:
         below: drop what scores below this share of the best score instead, never fewer left than `keep`.
         scorer: what decides; the lowest running score goes first, at equal scores the later document.
         heats: what happens before where documents do not fit into the window; None: they share positions.
+        together: chunks of one source are kept or dropped together, by the "sum" of their scores or the
+            "max"; `keep` and `drop` then count sources. None: each on its own.
     """
 
     keep: int | float = 0.5
@@ -38,6 +41,7 @@ class Pruning:
     below: float | None = None
     scorer: Scorer = field(default_factory=AttentionScore)
     heats: Heats | None = None
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
@@ -49,6 +53,7 @@ class Pruning:
             raise ConfigError(f"every={self.every}, drop={self.drop}: expected at least 1")
         if self.start is not None and self.start < 1:
             raise ConfigError(f"start={self.start}: the first layer has to attend before there are scores")
+        check(self.together)
         if self.below is not None and not 0 < self.below <= 1:
             raise ConfigError(f"below={self.below}: expected a share of the best score, above 0 up to 1")
 
