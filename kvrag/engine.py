@@ -186,12 +186,14 @@ class Engine:
         sampling: Sampling | None = None,
         policy: Policy | None = None,
         neighbours: Mapping[str, Sequence[str]] | None = None,
+        sources: Mapping[str, str] | None = None,
         is_rendered: bool = True,
     ) -> AnswerStream:
         """Answer a prompt that a chat template has already written (no BOS is added to it).
 
         `neighbours` gives for chunks by name the texts they are encoded behind, most similar first; only a
-        policy with `neighbours` looks at it.
+        policy with `neighbours` looks at it. `sources` gives for chunks by name what they are chunks of, for
+        a policy that keeps chunks of one source together; a chunk without is a source of its own.
         """
         if isinstance(chunks, str):
             raise InputError("chunks is one text; expected a list of texts, or texts by name")
@@ -208,6 +210,7 @@ class Engine:
             sampling or Sampling(),
             policy or self.policy,
             neighbours or {},
+            sources or {},
         )
         return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -184,3 +185,68 @@ def read(
         return Read(logits[0], mass, focus, reading.columns)
     nothing = logits.new_zeros((model.num_layers, 0, len(tokens)), dtype=torch.float32)
     return Read(logits[0], nothing, nothing, {})
+
+
+class _Enough(Exception):
+    """The layers that were asked for have been read."""
+
+
+@dataclass(slots=True)
+class _First:
+    """Tables for the first layers only, and what those looked at."""
+
+    tables: Tables
+    num_layers: int
+    mass: list[torch.Tensor] = field(default_factory=list)
+    focus: list[torch.Tensor] = field(default_factory=list)
+
+    def at(self, layer: int) -> SegmentTable:
+        if layer >= self.num_layers:
+            raise _Enough
+        return self.tables.at(layer)
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        self.mass.append(mass)
+        self.focus.append(focus)
+        self.tables.note(layer, mass, focus)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstLayers:
+    """What reading tokens in the first layers gave.
+
+    Attributes:
+        fresh: rows of these layers.
+        mass: [S, T], float32, for each layer, see `Read`; nothing where there are no segments.
+        focus: the same for squared masses.
+    """
+
+    fresh: FreshRows
+    mass: list[torch.Tensor]
+    focus: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def read_first(
+    model: Model,
+    tables: Tables,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    num_layers: int,
+    looking: Looking | None = None,
+) -> FirstLayers:
+    """Read tokens in the first layers only; rows of deeper layers are not touched.
+
+    Args:
+        model: the decoder.
+        tables: what each of these layers reads.
+        tokens: at least one, in prompt order.
+        positions: of the tokens.
+        num_layers: how many, at least one.
+        looking: see there.
+    """
+    first, fresh = _First(tables, num_layers), FreshRows(model.num_layers)
+    with suppress(_Enough):
+        read(model, first, tokens, positions, fresh, looking=looking)
+    return FirstLayers(fresh, first.mass, first.focus)

@@ -156,6 +156,7 @@ def ask(
         sampling=sampling,
         policy=policy,
         neighbours=corpus.neighbours([hit.id for hit in hits]) if policy.neighbours else None,
+        sources={hit.id: str(source) for hit in hits if (source := hit.metadata.get("source"))},
         is_rendered=form.is_rendered,
     )
     return Asked(question, hits, stream)

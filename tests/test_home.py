@@ -17,9 +17,10 @@ from kvrag.corpus import Corpus
 from kvrag.documents import Document, load
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError, StoreWriteError
-from kvrag.focus.policy import PRESETS
-from kvrag.focus.pruning import AttentionScore
+from kvrag.focus.policy import PRESETS, Policy
+from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning
 from kvrag.focus.repair import QueryDriven
+from kvrag.focus.together import Together
 from kvrag.home import Home, file_of, ingest
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
@@ -304,6 +305,21 @@ def test_one_text_in_two_files_names_both(home: Home, engine: Engine) -> None:
     reply = question(home, engine)
     assert sorted(s.name for s in reply.sources) == ["a.txt", "b.txt"]
     assert len({s.id for s in reply.sources}) == 2
+
+
+def test_chunks_of_one_file_stay_together_where_a_policy_wants_it(home: Home, engine: Engine) -> None:
+    put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY), ("a.txt", FERRY + " It is old."))
+    plain = question(home, engine)
+    whole = {s.id for s in plain.sources if s.name == "a.txt"}
+    order = [use.key for use in plain.answer.documents]
+    best = next(key for key in order if key in whole)
+    scorer = GivenScore(tuple(1.0 + 2 * (key == best) for key in order))
+    ways: tuple[Together | None, ...] = (None, "sum")
+    for together in ways:
+        pruning = Pruning(keep=1, scorer=scorer, together=together)
+        reply = question(home, engine, policy=Policy(pruning=pruning))
+        assert {s.id for s in reply.sources if s.is_read} == (whole if together else {best})
+    assert 1 < len(whole) < len(order)
 
 
 def test_the_text_begins_without_blanks(home: Home, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

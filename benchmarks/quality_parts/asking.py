@@ -135,6 +135,7 @@ class Opened:
         self.caches = Caches(bench.model, MemoryStore())
         self.texts = context.parts
         self.units = [form.text.tokenize(part) for part in self.texts]
+        self.sources = context.sources
         start = time.perf_counter()
         self.rows: list[KV] = [d.kv for d in self.caches.documents(form.prefix, self.units)]
         self.encode_seconds = time.perf_counter() - start
@@ -151,7 +152,8 @@ class Opened:
                 self.caches.encode(form.prefix + context, [unit], keep=False)[0] if context else row
                 for context, unit, row in zip(contexts, self.units, rows, strict=True)
             ]
-        return compose(self.bench.form.plan(self.units, question), self.prefix, self._behind[behind])
+        plan = self.bench.form.plan(self.units, question)
+        return compose(plan, self.prefix, self._behind[behind], self.sources)
 
     def _before(self) -> list[tuple[int, ...]]:
         """For each unit, the parts before it in its document."""
@@ -264,6 +266,7 @@ class Opened:
             form.prompt.is_rendered,
             Sampling(max_new_tokens=max(len(right), len(greedy or ()))),
             policy,
+            sources={str(i): source for i, source in enumerate(self.sources)},
         )
         *_, given = answer(self.caches, request)
         assert isinstance(given, Answer)
