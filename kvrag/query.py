@@ -21,7 +21,7 @@ from kvrag.looking import Look, look
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
 from kvrag.plan import PromptPlan, plan
-from kvrag.text import Decoding, context_tokens
+from kvrag.text import Decoding, joined_tokens
 
 _WITH_SPANS = 3
 
@@ -37,8 +37,8 @@ class Request:
         is_rendered: the prompt came out of a chat template, which wrote any BOS itself.
         sampling: how the answer is chosen.
         policy: what is done with the documents.
-        neighbours: for chunks by name, texts of their most similar chunks, most similar first; for a policy
-            with `neighbours`.
+        contexts: for chunks by name, pieces of text that they are encoded behind beside the prefix, each
+            tokenised on its own.
         sources: for chunks by name, what they are chunks of; for a policy that keeps chunks `together`.
     """
 
@@ -48,7 +48,7 @@ class Request:
     is_rendered: bool
     sampling: Sampling
     policy: Policy = PLAIN
-    neighbours: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -139,16 +139,26 @@ def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) 
 
 def _contexts(caches: Caches, request: Request, planned: PromptPlan) -> list[Tokens] | None:
     """What each document's rows are encoded behind, beside the prefix; None: nothing."""
-    count = request.policy.neighbours
-    if not count:
+    if not request.contexts:
         return None
-    near = [request.neighbours.get(span.key, ())[:count] for span in planned.cached]
-    return [context_tokens(caches.model.text, texts) for texts in near]
+    names = _names(request.chunks, planned)
+    return [joined_tokens(caches.model.text, request.contexts.get(name, ())) for name in names]
+
+
+def _names(chunks: Mapping[str, str] | ChunkMatcher, planned: PromptPlan) -> list[str]:
+    """The chunk of each span; where several chunks have its text, each in turn."""
+    if isinstance(chunks, ChunkMatcher):
+        return [span.key for span in planned.cached]
+    left: dict[str, list[str]] = {}
+    for name, text in chunks.items():
+        left.setdefault(text.strip(), []).append(name)
+    twins = [left.get(span.text.strip(), []) for span in planned.cached]
+    return [t.pop(0) if t else span.key for span, t in zip(planned.cached, twins, strict=True)]
 
 
 def _sources(request: Request, planned: PromptPlan) -> list[str | None]:
     """What each document is a chunk of."""
-    return [request.sources.get(span.key) for span in planned.cached]
+    return [request.sources.get(name) for name in _names(request.chunks, planned)]
 
 
 class _SecondLook:

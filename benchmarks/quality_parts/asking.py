@@ -31,6 +31,7 @@ from kvrag.prefill import read
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.store.memory import MemoryStore
+from kvrag.text import joined_tokens
 
 # Positions that are left for an answer where documents have to share; comparisons are the longest.
 ROOM = 48
@@ -147,11 +148,7 @@ class Opened:
         """The prompt as the engine composes it, of units that were encoded behind something or not."""
         if behind not in self._behind:
             contexts = self._before() if behind == "before" else self._similar()
-            form, rows = self.bench.form, self.rows
-            self._behind[behind] = [
-                self.caches.encode(form.prefix + context, [unit], keep=False)[0] if context else row
-                for context, unit, row in zip(contexts, self.units, rows, strict=True)
-            ]
+            self._behind[behind] = self.caches.encode(self.bench.form.prefix, self.units, contexts)
         plan = self.bench.form.plan(self.units, question)
         return compose(plan, self.prefix, self._behind[behind], self.sources)
 
@@ -173,7 +170,7 @@ class Opened:
 
     def _joined(self, parts: Sequence[str]) -> tuple[int, ...]:
         form = self.bench.form
-        return tuple(token for part in parts for token in (*form.text.tokenize(part), *form.separator))
+        return joined_tokens(form.text, form.prompt.before(parts))
 
     def num_tokens(self, question: str, num_units: int | None = None) -> int:
         """Length of the prompt with the first units."""

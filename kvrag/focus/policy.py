@@ -50,8 +50,6 @@ class Policy:
         second_look: whether the first tokens of the answer decide anew.
         group: temperature and scale of the attention to all documents together (APE); None: as to anything.
         repair: which rows of documents are read again; None: none.
-        neighbours: a document's rows are encoded behind so many of its most similar documents (FusionRAG,
-            arXiv:2601.12904, offline part); 0: behind the prefix alone. For corpora built with as many.
         per_layer: decode with each layer's own positions from the reading of the question, instead of the
             last ones in all layers.
         max_risk: read the documents in full if the answer's risk is above (see `kvrag.focus.risk`); None:
@@ -65,15 +63,9 @@ class Policy:
     second_look: SecondLook | None = None
     group: Group | None = None
     repair: Repair | None = None
-    neighbours: int = 0
     per_layer: bool = False
     max_risk: float | None = None
     spans: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse settings without a meaning."""
-        if self.neighbours < 0:
-            raise ConfigError(f"neighbours={self.neighbours}: expected 0 or more")
 
 
 PLAIN = Policy()
