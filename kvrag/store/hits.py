@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from kvrag.store.clock import StoreClock
 from kvrag.store.ledger import Ledger
@@ -45,7 +46,8 @@ class Hits:
                 self._rest()
                 if self._thread is None or not self._thread.is_alive():
                     self._thread = threading.Thread(target=self.flush, name="kvrag-hits")
-                    self._thread.start()
+                    with suppress(RuntimeError):  # the interpreter ends: `close` writes them, or nobody
+                        self._thread.start()
 
     def flush(self) -> None:
         """Write what was counted; entries that the index did not know are taken up."""

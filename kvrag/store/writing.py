@@ -69,7 +69,7 @@ class Writer:
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
         self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         with self._folder.writing(key_id, manifest, data) as commit, self._ledger.locked():
             if self._folder.exists(key_id):
                 return False
@@ -84,7 +84,7 @@ class Writer:
                 rename(theirs, mine)  # the manifest last: with it there is an entry
 
         self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         make_folder(self._folder.files(key_id)[0].parent)
         with self._ledger.locked():
             if self._folder.exists(key_id):
@@ -115,6 +115,15 @@ class Writer:
         with self._ledger.changing([victim.id for victim in victims], floor=floor):
             self._erase(victims)
 
+    def _prepare(self, manifest: Manifest) -> None:
+        """Refuse what can never fit; else let the index know what was used, before it is asked what goes.
+
+        Not with the lock held: the thread that writes the counts may wait for it.
+        """
+        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        if self._limits.of(tenant_of(manifest)):
+            self._hits.flush()
+
     def _intact(self, key: EntryKey) -> Manifest | None:
         """The manifest of an entry of which every byte is right; None: there is no such entry."""
         if not self._loader.is_intact(key):
@@ -134,13 +143,14 @@ class Writer:
             expires=_end(now, ttl_seconds),
             filters=self._folder.filters,
         )
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
             if not self._loader.is_intact(key):  # else another process was faster
                 self._commit(key.id, manifest, commit)
 
     def _renew(self, key: EntryKey, cost_seconds: float, ttl_seconds: float | None) -> None:
         """Write another manifest for the same rows."""
+        self._hits.flush()
         with self._ledger.locked():
             before, now = self._intact(key), self._clock.now()
             if before is None:
@@ -174,7 +184,6 @@ class Writer:
         """
         if not self._limits.of(tenant):
             return []
-        self._hits.flush()
         now = self._clock.now()
         found = self._ledger.ask(lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now))
         if found is None:

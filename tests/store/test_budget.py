@@ -1,8 +1,10 @@
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from kvrag.errors import ConfigError, StoreWriteError
+from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
 from kvrag.testing.stores import assert_same_rows, example_fingerprint, example_rows
@@ -195,3 +197,22 @@ def test_readers_of_evicted_entries_are_not_hurt(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         DiskStore(tmp_path, **settings)  # type: ignore[arg-type]  # what is tested
+
+
+def test_threads_that_put_and_count_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are written by a thread of their own at every load, and wait for the lock that puts hold."""
+    monkeypatch.setattr("kvrag.store.hits._MAX_HITS", 1)
+    store = DiskStore(tmp_path, budget_bytes=4 * SIZE)
+
+    def work(number: int) -> None:
+        key = put(store, number % 7)
+        with suppress(CacheMiss):
+            assert_same_rows(store.get(key), example_rows(key.tokens))
+        if number % 10 == 0:
+            (tmp_path / "index.sqlite").unlink(missing_ok=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(80)))
+    assert store.stats().num_bytes <= 4 * SIZE
+    store.close()
+    assert store.check().ok
