@@ -12,6 +12,7 @@ from kvrag.index import Index, Metadata
 from kvrag.neighbours import KEY_FIELD, Encoder, Item, Neighbourhoods
 from kvrag.store.base import KVStore
 from kvrag.store.references import References
+from kvrag.store.several import put_many
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +153,7 @@ class Lockstep:
                 rows = self._near.require_encoder().encode_behind(tokens, contexts)
             else:
                 rows = self._encoder.encode(tokens)
-            for item, kv in zip(missing, rows, strict=True):
-                self._store.put(item.key, kv)
+            put_many(self._store, [(item.key, kv) for item, kv in zip(missing, rows, strict=True)])
         return len(missing)
 
     def relabel(self, items: Sequence[Item]) -> int:
