@@ -69,8 +69,8 @@ def store(data: dict[str, Any]) -> list[str]:
         "## The store on disk",
         "",
         "Made by `python benchmarks/store.py --json docs/data/store.json`. Sides take turns in one run; the",
-        "disk is virtual, and others used the machine all the time, with less priority but not none: medians,",
-        "and beside them the run disturbed least. `benchmarks/LOG.md` says how far runs differ.",
+        "disk is virtual, and others used the machine all the time, with less priority but not none:",
+        "medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how far runs differ.",
         "",
         *store_page.lines(data),
     ]
