@@ -107,7 +107,6 @@ class DiskStore:
             CacheMiss: absent or expired, or damaged or foreign and then moved to `quarantine/` and counted.
         """
         kv = self._loader.get(key, by_layer=by_layer)
-        self._counts.add("hits")
         self._hits.count(key.id)
         return kv
 
@@ -215,7 +214,7 @@ class DiskStore:
         try:
             raw = self._folder.files(key_id)[0].read_bytes()
             return _NO_EXPIRY in raw or not self._loader.is_over(layout.parse_manifest(raw))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, Damaged):
             return True  # there is an entry; `get` says what it is worth
@@ -269,7 +268,7 @@ class DiskStore:
         return StoreStats(
             entries=entries,
             num_bytes=num_bytes,
-            hits=counts["hits"],
+            hits=self._hits.total,
             misses=counts["misses"],
             damaged=counts["damaged"],
             write_failures=counts["write_failures"],

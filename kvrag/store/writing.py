@@ -211,15 +211,16 @@ class Writer:
     def _delete(self, key_id: str) -> Receipt:
         """Remove every trace of an entry; the caller holds the lock."""
         existed = self._folder.exists(key_id)
-        erased, num_bytes = [], 0
+        erased, folders, num_bytes = [], set(), 0
         had_row = self._ledger.ask(lambda index: index.info(key_id)) is not None
         with self._ledger.changing([key_id]):
             for file in self._folder.erasable(key_id):
                 num_bytes += file.stat().st_size
                 file.unlink(missing_ok=True)
                 erased.append(f"disk: {file.relative_to(self._folder.path)}")
-            if erased:
-                sync_folder(self._folder.files(key_id)[0].parent)
+                folders.add(file.parent)
+            for folder in folders:
+                sync_folder(folder)
         if had_row and self._ledger.ask(lambda index: index.info(key_id)) is None:
             erased.append("disk: index")
         return Receipt(key_id, existed, tuple(erased), num_bytes)
