@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from quality_parts import page as quality_page
+from store_parts import page as store_page
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
+STORE = DATA / "store.json"
 QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
 
 _TTFT_ROWS = (
@@ -61,10 +63,25 @@ def ttft(files: list[Path]) -> list[str]:
     return lines
 
 
+def store(data: dict[str, Any]) -> list[str]:
+    """The section on the store."""
+    return [
+        "## The store on disk",
+        "",
+        "Made by `python benchmarks/store.py --json docs/data/store.json`. Sides take turns in one run; the",
+        "disk is virtual, and others used the machine all the time, with less priority but not none:",
+        "medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how far runs differ.",
+        "",
+        *store_page.lines(data),
+    ]
+
+
 def measured() -> str:
     """The page of speed."""
     lines = ["# Measured", "", "<!-- written by benchmarks/report.py from docs/data; do not edit -->", ""]
     lines += ttft(sorted(DATA.glob("ttft-*.json")))
+    if STORE.exists():
+        lines += store(json.loads(STORE.read_text()))
     return "\n".join(lines)
 
 
