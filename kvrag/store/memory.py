@@ -135,6 +135,11 @@ class MemoryTier:
         """What receipts and counts call it."""
         return "memory" if self.device.type == "cpu" else f"memory of {self.device}"
 
+    @property
+    def is_faster_than_a_mapping(self) -> bool:
+        """Whether a copy here saves anything to who could have the same rows in a mapped file."""
+        return self._pinned or self.device.type != "cpu"
+
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the rows where they are kept, all at once; see `KVStore.get`."""
         with self._lock:
