@@ -1,7 +1,7 @@
 """Records a trace: real questions, searched for in a real Chroma collection of real documents.
 
-Who asks what when is made up, from a seed: sessions of a few questions whose popularity falls by Zipf's law. In
-the order "steady" it stays as it is; in "drifting" a tenth of the ranks is dealt anew ten times.
+Who asks what when is made up, from a seed: sessions of a few questions whose popularity falls by Zipf's law.
+In the order "steady" it stays as it is; in "drifting" a tenth of the ranks is dealt anew nine times.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import chromadb
+from eviction_parts.trace import Trace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from eviction_parts.trace import Trace
 from kvrag.index import Index
 
 NQ, MUSIQUE = "nq_open_oracle_2000.jsonl.gz", "musique_100.jsonl.gz"
@@ -56,9 +56,7 @@ def token_counts(documents: Sequence[str]) -> list[int]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(documents))]
 
@@ -117,8 +115,8 @@ def record(data: Path, *, k: int = 5) -> Trace:
         "search": f"chromadb {chromadb.__version__}, kvrag's lexical embedding, {k} documents a question",
         "tokens": f"byte-level BPE of {_VOCABULARY} pieces trained on the documents",
         "orders": f"Zipf {_EXPONENT}, sessions of {_MEAN_SESSION} on average, in which every "
-        f"{round(1 / _AGAIN)}th question comes again, seed {SEED}; drifting: a tenth of the ranks and every fifth "
-        f"of the first hundred are dealt anew {_PHASES - 1} times",
+        f"{round(1 / _AGAIN)}th question comes again, seed {SEED}; drifting: a tenth of the ranks and every "
+        f"fifth of the first hundred are dealt anew {_PHASES - 1} times",
     }
     orders = {
         "steady": asked(len(questions), QUESTIONS, phases=1, seed=SEED),

@@ -1,7 +1,7 @@
 """A recorded trace of retrievals: which documents each question asked for, and how long they are.
 
-The file is JSON Lines, compressed: a line about its making, a line of the documents' lengths in tokens, a line
-of each question's documents by number, nearest first, and one of question numbers per order. No text.
+The file is JSON Lines, compressed: a line about its making, a line of the documents' lengths in tokens, a
+line of each question's documents by number, nearest first, and one of question numbers per order. No text.
 """
 
 from __future__ import annotations
@@ -46,6 +46,4 @@ class Trace:
 def load(path: Path = TRACE) -> Trace:
     """Read the file."""
     made, sizes, found, *orders = map(json.loads, lzma.decompress(path.read_bytes()).splitlines())
-    return Trace(
-        made, sizes["sizes"], found["found"], {line["order"]: line["questions"] for line in orders}
-    )
+    return Trace(made, sizes["sizes"], found["found"], {line["order"]: line["questions"] for line in orders})
