@@ -13,7 +13,7 @@ import torch
 
 from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.segments import KV, LayerKV
-from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, check_rows
+from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, check_rows, check_times
 from kvrag.store.eviction import eviction_named
 from kvrag.store.held import Held, HeldEntries
 from kvrag.store.key import EntryKey
@@ -174,6 +174,7 @@ class MemoryTier:
     ) -> KV | None:
         """The same, but returns the rows where they are kept now, or None if there is no room for them."""
         check_rows(key, kv)
+        check_times(cost_seconds, ttl_seconds)
         tenant, num_bytes, now = key.fingerprint.tenant, kv.num_bytes, time.time()
         ends = math.inf if ttl_seconds is None else time.monotonic() + ttl_seconds
         expires = None if ttl_seconds is None else now + ttl_seconds
@@ -244,12 +245,9 @@ class MemoryTier:
                 damaged=0,
                 write_failures=self._counts["write_failures"],
                 bytes_read=0,
+                evictions=self._held.evictions,
+                evicted_bytes=self._held.evicted_bytes,
             )
-
-    @property
-    def evictions(self) -> tuple[int, int]:
-        """Entries evicted so far, and their bytes."""
-        return self._held.evictions, self._held.evicted_bytes
 
     def check(self, *, fix: bool = False) -> CheckReport:
         """Nothing can be wrong here."""

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
 
-from kvrag.errors import CacheMiss
+from kvrag.errors import CacheMiss, ConfigError
 from kvrag.store import layout
 from kvrag.store.disk import DiskStore
-from kvrag.store.files import PARTIAL, commit, exclusive, make_folder, remove, write_error, write_partial
 from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.layout import Damaged, Manifest
 
@@ -97,7 +94,7 @@ class MovesBytes(Protocol):
         ...
 
     def import_bytes(self, entry: EntryBytes) -> None:
-        """Keep an entry that was exported elsewhere; it replaces one of the same name.
+        """Keep an entry that was exported elsewhere; it may replace one of the same name.
 
         Raises:
             Damaged: it is not what its manifest says; nothing was written.
@@ -179,51 +176,32 @@ def in_one_piece(
 
 
 class DiskBytes:
-    """Gives and takes the entries of a store on disk, by the format of docs/store-format.md.
+    """Gives and takes the entries of a store on disk.
 
     Args:
-        store: whose folder it is.
+        store: the store.
     """
 
     def __init__(self, store: DiskStore) -> None:
-        self.path: Path = store.path
+        self._store = store
 
     def export_bytes(self, key_id: str) -> EntryBytes:
         """The entry's files, the data mapped; see `MovesBytes`."""
-        manifest_file, data_file = self._files(key_id)
         try:
+            manifest_file, data_file = self._store.files_of(key_id)
             raw = manifest_file.read_bytes()
             manifest = layout.parse_manifest(raw)
             data = layout.map_file(data_file, manifest)
-        except (OSError, Damaged) as error:
-            raise CacheMiss(f"no usable entry {key_id[:12]} in {self.path}: {error}") from error
-        times = (getattr(manifest, "cost_seconds", 0.0), getattr(manifest, "expires", None))
-        return EntryBytes(key_id, raw, data, *times)
+        except (OSError, ConfigError, Damaged) as error:
+            raise CacheMiss(f"no usable entry {key_id[:12]} in {self._store.path}: {error}") from error
+        return EntryBytes(key_id, raw, data, manifest.cost_seconds, manifest.expires)
 
     def import_bytes(self, entry: EntryBytes) -> None:
-        """Write the files so that a crash after the return does not lose them; see `MovesBytes`."""
-        entry.verified()
-        manifest_file, data_file = self._files(entry.id)
-        stem = f"{entry.id}.{uuid.uuid4().hex}"
-        data_part = data_file.with_name(f"{stem}.safetensors{PARTIAL}")
-        manifest_part = data_file.with_name(f"{stem}.json{PARTIAL}")
+        """Write the entry's files, unless it has some; see `MovesBytes`."""
         try:
-            make_folder(data_file.parent)
-            write_partial(data_part, [entry.data.numpy().data])
-            write_partial(manifest_part, [entry.manifest])
-            with exclusive(self.path / "store.lock"):
-                manifest_file.unlink(missing_ok=True)  # must not meet the new data
-                commit(data_part, data_file)
-                commit(manifest_part, manifest_file)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        finally:
-            remove(data_part)
-            remove(manifest_part)
-
-    def _files(self, key_id: str) -> tuple[Path, Path]:
-        folder = self.path / key_id[:2]
-        return folder / f"{key_id}.json", folder / f"{key_id}.safetensors"
+            self._store.put_bytes(entry.id, entry.manifest, [entry.data.numpy().data])
+        except ConfigError as error:
+            raise Damaged(str(error)) from error
 
 
 def mover(store: object) -> MovesBytes | None:

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
 from kvrag.segments import KV, LayerKV
 from kvrag.store import layout
-from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows
+from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows, check_times
 from kvrag.store.bucket import Bucket
 from kvrag.store.codec import codec_named
 from kvrag.store.files import PARTIAL
@@ -93,12 +94,14 @@ class ObjectStore:
             StoreWriteError: nothing was written.
         """
         check_rows(key, kv)
+        check_times(cost_seconds, ttl_seconds)
         if not layout.is_storable(key.fingerprint.dtype):
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
         codec_named(key.fingerprint.codec)  # refuses unknown names
         now = time.time()
         manifest, parts = layout.encode(key.fingerprint, kv, now)
         expires = None if ttl_seconds is None else now + ttl_seconds
+        manifest = replace(manifest, cost_seconds=cost_seconds, expires=expires)
         raw = in_one_piece(layout.dump_manifest(manifest), parts, cost_seconds=cost_seconds, expires=expires)
         self._upload(key.id, raw)
 

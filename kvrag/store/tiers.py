@@ -218,6 +218,8 @@ class TieredStore:
             damaged=sum(stats.damaged for stats in tiers),
             write_failures=own["write_failures"],
             bytes_read=sum(stats.bytes_read for stats in tiers),
+            evictions=sum(stats.evictions for stats in tiers),
+            evicted_bytes=sum(stats.evicted_bytes for stats in tiers),
         )
 
     def tier_stats(self) -> list[TierStats]:
@@ -360,7 +362,7 @@ class TieredStore:
         cost, ttl = 0.0, None
         if info is not None:
             cost = info.cost_seconds
-            ttl = None if info.expires is None else max(0.0, info.expires - time.time())
+            ttl = None if info.expires is None else max(1e-6, info.expires - time.time())
         for memory in reversed(filled):
             with self._locked(key.id):
                 if not self._is_erased(key.id):

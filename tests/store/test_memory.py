@@ -55,7 +55,7 @@ def test_the_least_recently_used_goes() -> None:
     tier.get(keys[0])
     put(tier, 3)
     assert present(tier, range(4)) == [0, 2, 3]
-    assert tier.evictions == (1, SIZE)
+    assert (tier.stats().evictions, tier.stats().evicted_bytes) == (1, SIZE)
 
 
 def test_what_was_costly_to_read_stays() -> None:
@@ -113,7 +113,7 @@ def test_entries_end_and_are_described() -> None:
     assert (info.hits, info.cost_seconds, info.num_bytes, info.num_tokens) == (1, 2.0, SIZE, 2)
     assert list(tier.entries()) == [info]
     assert info.expires is not None
-    tier.put(key, example_rows(key.tokens), ttl_seconds=0)
+    tier.put(key, example_rows(key.tokens), ttl_seconds=1e-9)
     assert key not in tier
     assert tier.info(key.id) is None
     with pytest.raises(CacheMiss):

@@ -295,7 +295,7 @@ def test_entries_end(store: ObjectStore) -> None:
     assert entry.expires is not None
     assert math.isclose(entry.expires, time.time() + 1000, abs_tol=100)
     assert store.sweep() == ()
-    store.put(KEY, ROWS, ttl_seconds=-1)
+    store.put(KEY, ROWS, ttl_seconds=1e-9)
     with pytest.raises(CacheMiss, match="over"):
         store.get(KEY)
     assert store.sweep() == (KEY.id,)

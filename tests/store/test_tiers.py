@@ -208,7 +208,7 @@ def test_memory_in_front_of_objects_saves_reading_them() -> None:
 
 def test_entries_below_that_are_over_stay_there(stack: Stack) -> None:
     key = key_of(1)
-    stack.objects.put(key, example_rows(key.tokens), ttl_seconds=-1)
+    stack.objects.put(key, example_rows(key.tokens), ttl_seconds=1e-9)
     assert_misses(stack.store, 1)
     assert key not in stack.disk
     assert stack.objects.sweep() == (key.id,)
@@ -338,7 +338,7 @@ def test_a_receipt_names_every_place(stack: Stack) -> None:
     key = put(stack.store, 1)
     receipt = stack.store.delete(key.id)
     assert receipt.existed
-    assert [place.split(":")[0] for place in receipt.erased] == ["disk", "disk", "objects"]
+    assert {place.split(":")[0] for place in receipt.erased} == {"disk", "objects"}
     assert stack.url.removeprefix("memory://") in receipt.erased[-1]
     assert receipt.num_bytes > 2 * example_rows(key.tokens).num_bytes
 
