@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
 from kvrag.segments import KV
@@ -22,8 +22,8 @@ from kvrag.store.disk import DiskStore
 from kvrag.store.journal import Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
-from kvrag.store.memory import MemoryTier
-from kvrag.store.moving import EntryBytes, MovesBytes, mover
+from kvrag.store.moving import EntryBytes, MovesBytes
+from kvrag.store.stack import Tier, TierStats, info_of, merged, placed
 from kvrag.store.traffic import Traffic
 from kvrag.store.uploads import Uploads
 
@@ -32,42 +32,6 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{64}")
 _LOCKS = 256
 _TROUBLE = (StoreError, OSError)
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """One tier among others.
-
-    Attributes:
-        name: of the tier.
-        hits: loads that it answered.
-        pending: entries that it is still to get.
-        stats: its own counts, which also tell of what `TieredStore` asked it for otherwise.
-    """
-
-    name: str
-    hits: int
-    pending: int
-    stats: StoreStats
-
-
-@dataclass(frozen=True, slots=True)
-class _Tier:
-    """A store in its place.
-
-    Attributes:
-        name: unique among the tiers, the same whenever they are opened.
-        store: itself.
-        mover: what moves its entries as bytes, if anything does.
-        memory: itself, if it only keeps copies.
-        is_filled: whether rows are copied into it.
-    """
-
-    name: str
-    store: KVStore
-    mover: MovesBytes | None
-    memory: MemoryTier | None
-    is_filled: bool
 
 
 class TieredStore:
@@ -108,7 +72,7 @@ class TieredStore:
             raise ConfigError(f"{len(tiers)} tiers: expected at least one, and each of them once")
         if write not in ("through", "back"):
             raise ConfigError(f"write={write!r}: expected 'through' or 'back'")
-        self._tiers = _placed(tiers, copy_mapped)
+        self._tiers = placed(tiers, copy_mapped)
         # What lasts; if nothing does, the last of what does not.
         self._lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
         if write == "back" and any(t.mover is None for t in self._lasting):
@@ -192,7 +156,7 @@ class TieredStore:
                 f"entry {key_id[:12]} may still be in {', '.join(failures)} ({what}); it is a miss from now "
                 "on, and sweep() erases it there once it can be reached",
             )
-        return _merged(key_id, receipts)
+        return merged(key_id, receipts)
 
     def __contains__(self, key: object) -> bool:
         """Whether any tier has an entry under this `EntryKey` or id; does not read it."""
@@ -233,7 +197,7 @@ class TieredStore:
     def info(self, key_id: str) -> EntryInfo | None:
         """What the first tier that has the entry knows of it; None if none knows."""
         for tier in self._tiers:
-            info = None if self._is_erased(key_id) else _info(tier.store, key_id)
+            info = None if self._is_erased(key_id) else info_of(tier.store, key_id)
             if info is not None:
                 return info
         return None
@@ -312,7 +276,7 @@ class TieredStore:
             self._warn(tier, key.id, error)
             return None
 
-    def _raised(self, tier: _Tier, above: Sequence[_Tier], key: EntryKey, *, by_layer: bool) -> KV | None:
+    def _raised(self, tier: Tier, above: Sequence[Tier], key: EntryKey, *, by_layer: bool) -> KV | None:
         """Bring an entry's bytes into the tiers above that hold bytes, and read it there.
 
         Where none of them takes it, it is read from where it lies.
@@ -336,7 +300,7 @@ class TieredStore:
                     continue  # no room to stay there, or not of this key
         return tier.store.get(key, by_layer=by_layer)
 
-    def _takes(self, upper: _Tier, lower: _Tier, entry: EntryBytes) -> bool:
+    def _takes(self, upper: Tier, lower: Tier, entry: EntryBytes) -> bool:
         """Whether an upper tier has taken an entry.
 
         Raises:
@@ -358,7 +322,7 @@ class TieredStore:
             CacheMiss: rows that are read when touched are damaged.
         """
         filled = [t.memory for t in self._tiers[:number] if t.memory is not None and t.is_filled]
-        info = _info(self._tiers[number].store, key.id) if filled else None
+        info = info_of(self._tiers[number].store, key.id) if filled else None
         cost, ttl = 0.0, None
         if info is not None:
             cost = info.cost_seconds
@@ -419,7 +383,7 @@ class TieredStore:
             what = f"entry {key_id[:12]} was written and cannot be read: {error}"
             raise StoreWriteError(errno.EIO, what) from error
 
-    def _undo(self, key_id: str, tiers: Sequence[_Tier]) -> None:
+    def _undo(self, key_id: str, tiers: Sequence[Tier]) -> None:
         for tier in tiers:
             try:
                 tier.store.delete(key_id)
@@ -448,7 +412,7 @@ class TieredStore:
             self._journal.settle(key_id, name)
         return True
 
-    def _erase(self, key_id: str, tiers: Sequence[_Tier]) -> tuple[list[Receipt], dict[str, Exception]]:
+    def _erase(self, key_id: str, tiers: Sequence[Tier]) -> tuple[list[Receipt], dict[str, Exception]]:
         """Delete in these tiers, as far as they can be reached, and note which have confirmed it."""
         receipts: list[Receipt] = []
         failures: dict[str, Exception] = {}
@@ -468,38 +432,5 @@ class TieredStore:
         with self._count_lock:
             self._counts.update(names)
 
-    def _warn(self, tier: _Tier, key_id: str, error: Exception) -> None:
+    def _warn(self, tier: Tier, key_id: str, error: Exception) -> None:
         logger.warning("entry %s cannot be read from %s: %s", key_id[:12], tier.name, error)
-
-
-def _placed(stores: Sequence[KVStore], copy_mapped: bool) -> list[_Tier]:
-    """Names for the tiers, and what can be done with each."""
-    tiers: list[_Tier] = []
-    names: Counter[str] = Counter()
-    for number, store in enumerate(stores):
-        name = str(getattr(store, "name", "disk" if isinstance(store, DiskStore) else type(store).__name__))
-        names[name] += 1
-        memory = store if isinstance(store, MemoryTier) else None
-        is_mapped_below = any(isinstance(below, DiskStore) for below in stores[number + 1 :])
-        is_filled = memory is not None and (
-            copy_mapped or memory.is_faster_than_a_mapping or not is_mapped_below
-        )
-        name = f"{name} {names[name]}" if names[name] > 1 else name
-        tiers.append(_Tier(name, store, mover(store), memory, is_filled))
-    return tiers
-
-
-def _info(store: Any, key_id: str) -> EntryInfo | None:
-    """What a store knows of an entry, if it is one that knows anything."""
-    info = getattr(store, "info", None)
-    found = None if info is None else info(key_id)
-    return found if isinstance(found, EntryInfo) else None
-
-
-def _merged(key_id: str, receipts: Sequence[Receipt]) -> Receipt:
-    return Receipt(
-        key_id,
-        any(receipt.existed for receipt in receipts),
-        tuple(place for receipt in receipts for place in receipt.erased),
-        sum(receipt.num_bytes for receipt in receipts),
-    )
