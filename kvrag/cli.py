@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from kvrag.config import Sampling, home
+from kvrag.config import Context, Sampling, home
 from kvrag.errors import InputError, KVRagError
 from kvrag.options import (
     ChromaOption,
@@ -89,10 +89,12 @@ def ingest(
     by_paragraph: Annotated[
         bool, typer.Option("--by-paragraph", help="Make each paragraph a chunk.")
     ] = False,
-    neighbours: Annotated[
-        int | None,
+    context: Annotated[
+        str | None,
         typer.Option(
-            help="Encode each chunk behind so many similar ones; 0: none.", min=0, show_default=False
+            help="Encode each chunk behind: before (the parts before it), similar:2, or alone. "
+            "before/1024: at most so many tokens [as it was; before].",
+            show_default=False,
         ),
     ] = None,
     codec: Annotated[
@@ -110,6 +112,7 @@ def ingest(
     from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
+    chosen = None if context is None else Context.parse(context)
     place = _open(folder, chroma, collection)
     texts = list(files.load(paths))
     with _engine(place, model, device, dtype, codec=codec) as engine:
@@ -121,7 +124,7 @@ def ingest(
                 texts,
                 chunk_tokens=chunk_tokens,
                 by_paragraph=by_paragraph,
-                neighbours=neighbours,
+                context=chosen,
                 progress=progress,
             )
         stats = engine.store.stats()
