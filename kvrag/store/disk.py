@@ -104,7 +104,6 @@ class DiskStore:
             CacheMiss: absent or expired, or damaged or foreign and then moved to `quarantine/` and counted.
         """
         kv = self._loader.get(key, by_layer=by_layer)
-        self._counts.add("hits")
         self._hits.count(key.id)
         return kv
 
@@ -241,7 +240,7 @@ class DiskStore:
         return StoreStats(
             entries=entries,
             num_bytes=num_bytes,
-            hits=counts["hits"],
+            hits=self._hits.total,
             misses=counts["misses"],
             damaged=counts["damaged"],
             write_failures=counts["write_failures"],

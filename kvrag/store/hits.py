@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from kvrag.store.clock import StoreClock
 from kvrag.store.ledger import Ledger
@@ -18,11 +19,15 @@ class Hits:
     Args:
         ledger: of the index.
         clock: of the store.
+
+    Attributes:
+        total: loads since this object was made.
     """
 
     def __init__(self, ledger: Ledger, clock: StoreClock) -> None:
         self._ledger = ledger
         self._clock = clock
+        self.total = 0
         self._hits: dict[str, int] = {}
         self._since_flush = 0
         self._next_flush = time.monotonic() + _MAX_SECONDS
@@ -33,6 +38,7 @@ class Hits:
     def count(self, key_id: str) -> None:
         """Note one load; every thousandth, or ten seconds after the last, a thread writes them."""
         with self._lock:
+            self.total += 1
             self._hits[key_id] = self._hits.pop(key_id, 0) + 1  # in the order of the last loads
             self._since_flush += 1
             is_due = self._since_flush >= _MAX_HITS or time.monotonic() > self._next_flush
@@ -40,7 +46,8 @@ class Hits:
                 self._rest()
                 if self._thread is None or not self._thread.is_alive():
                     self._thread = threading.Thread(target=self.flush, name="kvrag-hits")
-                    self._thread.start()
+                    with suppress(RuntimeError):  # the interpreter ends: `close` writes them, or nobody
+                        self._thread.start()
 
     def flush(self) -> None:
         """Write what was counted; entries that the index did not know are taken up."""

@@ -51,7 +51,7 @@ class Ledger:
         self._eviction = eviction
         self._index: EntryIndex | None = None
         self._file = self._distrusted = (0, 0)
-        self._has_warned = False
+        self._is_read_only = self._has_warned = False
         self._guard = threading.RLock()
         self._held = threading.local()
         _LEDGERS.add(self)
@@ -78,6 +78,8 @@ class Ledger:
             return
         with self._folder.exclusive():
             self._held.now = True
+            if self._is_read_only:
+                self.close()  # it can be written after all: what changes now has to be noted
             try:
                 yield True
             finally:
@@ -245,7 +247,7 @@ class Ledger:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not self.path.exists():
                 raise
-            self._set(EntryIndex(self.path, self._eviction, read_only=True))
+            self._set(EntryIndex(self.path, self._eviction, read_only=True), is_read_only=True)
         return True
 
     def _open_locked(self) -> None:
@@ -283,10 +285,11 @@ class Ledger:
             if info is not None:
                 yield info
 
-    def _set(self, index: EntryIndex) -> None:
+    def _set(self, index: EntryIndex, *, is_read_only: bool = False) -> None:
         with self._guard:
             self.close()
             self._index, self._file, self._distrusted = index, self._stat(), (0, 0)
+            self._is_read_only = is_read_only
             self._clock.merge(*index.clock_state())
 
     def _distrust(self) -> None:

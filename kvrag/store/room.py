@@ -100,6 +100,7 @@ def _cheapest(
     chosen: dict[str, Victim] = {}
     if excess <= 0:
         return chosen
+    index.use_policy()
     with closing(index.cheapest(scope, now)) as victims:
         for victim in victims:
             if victim.id not in spared:

@@ -68,7 +68,7 @@ class Writer:
 
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         with self._folder.writing(key_id, manifest, data) as commit, self._ledger.locked():
             if self._folder.exists(key_id):
                 return False
@@ -82,7 +82,7 @@ class Writer:
             for theirs, mine in zip(reversed(files), reversed(self._folder.files(key_id)), strict=True):
                 rename(theirs, mine)  # the manifest last: with it there is an entry
 
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         make_folder(self._folder.files(key_id)[0].parent)
         with self._ledger.locked():
             if self._folder.exists(key_id):
@@ -113,6 +113,15 @@ class Writer:
         with self._ledger.changing([victim.id for victim in victims], floor=floor):
             self._erase(victims)
 
+    def _prepare(self, manifest: Manifest) -> None:
+        """Refuse what can never fit; else let the index know what was used, before it is asked what goes.
+
+        Not with the lock held: the thread that writes the counts may wait for it.
+        """
+        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        if self._limits.of(tenant_of(manifest)):
+            self._hits.flush()
+
     def _intact(self, key: EntryKey) -> Manifest | None:
         """The manifest of an entry of which every byte is right; None: there is no such entry."""
         if not self._loader.is_intact(key):
@@ -126,13 +135,14 @@ class Writer:
         now = self._clock.now()
         manifest, parts = layout.encode(key.fingerprint, kv, now)
         manifest = replace(manifest, cost_seconds=cost_seconds, expires=_end(now, ttl_seconds))
-        self._limits.check_size(tenant_of(manifest), size_of(manifest))
+        self._prepare(manifest)
         with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
             if not self._loader.is_intact(key):  # else another process was faster
                 self._commit(key.id, manifest, commit)
 
     def _renew(self, key: EntryKey, cost_seconds: float, ttl_seconds: float | None) -> None:
         """Write another manifest for the same rows."""
+        self._hits.flush()
         with self._ledger.locked():
             before, now = self._intact(key), self._clock.now()
             if before is None:
@@ -164,7 +174,6 @@ class Writer:
         """
         if not self._limits.of(tenant):
             return []
-        self._hits.flush()
         now = self._clock.now()
         found = self._ledger.ask(lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now))
         if found is None:
@@ -185,15 +194,16 @@ class Writer:
     def _delete(self, key_id: str) -> Receipt:
         """Remove every trace of an entry; the caller holds the lock."""
         existed = self._folder.exists(key_id)
-        erased, num_bytes = [], 0
+        erased, folders, num_bytes = [], set(), 0
         had_row = self._ledger.ask(lambda index: index.info(key_id)) is not None
         with self._ledger.changing([key_id]):
             for file in self._folder.erasable(key_id):
                 num_bytes += file.stat().st_size
                 file.unlink(missing_ok=True)
                 erased.append(f"disk: {file.relative_to(self._folder.path)}")
-            if erased:
-                sync_folder(self._folder.files(key_id)[0].parent)
+                folders.add(file.parent)
+            for folder in folders:
+                sync_folder(folder)
         if had_row and self._ledger.ask(lambda index: index.info(key_id)) is None:
             erased.append("disk: index")
         return Receipt(key_id, existed, tuple(erased), num_bytes)
