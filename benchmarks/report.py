@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from quality_parts import page as quality_page
+from store_parts import page as store_page
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
+STORE = DATA / "store.json"
 QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
 
 _TTFT_ROWS = (
@@ -61,10 +63,56 @@ def ttft(files: list[Path]) -> list[str]:
     return lines
 
 
+def store(data: dict[str, Any]) -> list[str]:
+    """The section on the store."""
+    return [
+        "## The store on disk",
+        "",
+        "Made by `python benchmarks/store.py --json docs/data/store.json`. Sides take turns in one run; the",
+        "disk is virtual, and others used the machine all the time, with less priority but not none:",
+        "medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how far runs differ.",
+        "",
+        *store_page.lines(data),
+    ]
+
+
+def eviction(data: dict[str, Any]) -> list[str]:
+    """Bytes and requests found by each rule, by budget."""
+    made, results = data["conditions"], data["results"]
+    shares = list(next(iter(next(iter(results.values())).values())))
+    lines = ["## Eviction", ""]
+    for order, rules in results.items():
+        lines += [
+            f"### Order of the questions: {order}",
+            "",
+            "| budget, of the working set | " + " | ".join(f"{float(share):.0%}" for share in shares) + " |",
+            "|---|" + "---:|" * len(shares),
+        ]
+        for name, rates in rules.items():
+            cells = [f"{100 * rates[s]['bytes']:.1f} ({100 * rates[s]['hits']:.1f})" for s in shares]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    number = next(iter(made["requests"].values()))
+    return [
+        *lines,
+        "Bytes found, in per cent of the bytes asked for; in brackets hits, in per cent of the requests.",
+        f"{number:,} requests in each order, of {made['documents']:,} documents.",
+        f"Recorded from {made['data']};",
+        f"by {made['search']}; lengths by a {made['tokens']}.",
+        f"Orders: {made['orders']}.",
+        "`gdsf`, `lfu-da` and `lru` run in the code of the memory tier.",
+        "Made by `python benchmarks/eviction.py`.",
+        "",
+    ]
+
+
 def measured() -> str:
     """The page of speed."""
     lines = ["# Measured", "", "<!-- written by benchmarks/report.py from docs/data; do not edit -->", ""]
     lines += ttft(sorted(DATA.glob("ttft-*.json")))
+    if STORE.exists():
+        lines += store(json.loads(STORE.read_text()))
+    lines += eviction(json.loads((DATA / "eviction.json").read_text()))
     return "\n".join(lines)
 
 

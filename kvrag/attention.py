@@ -237,10 +237,32 @@ class TableReading:
         self.mass: list[torch.Tensor] = []
         self.focus: list[torch.Tensor] = []
         self._layouts: dict[tuple[LayerSpec, tuple[tuple[int, int], ...]], _Layout] = {}
+        self._next: tuple[int, SegmentTable] | None = None
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Rotate and keep the fresh keys, then attend to segments and fresh rows."""
-        spec, table = self.specs[layer], self.tables.at(layer)
+        out = self._attend(layer, self._table(layer), call)
+        if layer + 1 < len(self.specs):
+            self._look_ahead(layer + 1)
+        return out
+
+    def _table(self, layer: int) -> SegmentTable:
+        """What a layer reads, as it was decided when the layer before had been attended to."""
+        ahead, self._next = self._next, None
+        return ahead[1] if ahead is not None and ahead[0] == layer else self.tables.at(layer)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Let the rows of the next layer come while the rest of this one is computed.
+
+        Who is dropped is decided now, from the same scores as later: a dropped document's rows never come.
+        """
+        table = self.tables.at(layer)
+        self._next = layer, table
+        for segment in table.layer(layer):
+            segment.kv.read_soon(layer)
+
+    def _attend(self, layer: int, table: SegmentTable, call: AttentionCall) -> torch.Tensor:
+        spec = self.specs[layer]
         read = tuple(i for i, s in enumerate(table) if s.is_read_by(layer))
         layout = self._layout(spec, table, read)
         keys = rotate(call.key, layout.own_turn)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvrag.errors import CacheMiss, StoreWriteError
+from kvrag.errors import StoreWriteError
 from kvrag.model import Model
 from kvrag.prefill import Run, encode_runs
 from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.codec import codec_named
 from kvrag.store.key import EntryKey, Fingerprint
+from kvrag.store.several import get_many
 from kvrag.store.tenants import Tenant
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,11 @@ class Caches:
         """
         wanted = list(zip(contexts or [()] * len(texts), texts, strict=True))
         found: dict[tuple[Tokens, Tokens], Loaded] = {}
-        for context, tokens in dict.fromkeys(wanted):
-            kv = self._get(EntryKey(self.fingerprint(prefix + context), tokens), by_layer=by_layer)
-            if kv is not None:
-                found[context, tokens] = Loaded(kv, is_hit=True)
+        keys = {pair: EntryKey(self.fingerprint(prefix + pair[0]), pair[1]) for pair in wanted}
+        kept = {} if self.store is None else get_many(self.store, list(keys.values()), by_layer=by_layer)
+        for pair, key in keys.items():
+            if key.id in kept:
+                found[pair] = Loaded(kept[key.id].to(self.model.device), is_hit=True)
         missing = [pair for pair in dict.fromkeys(wanted) if pair not in found]
         rows = self.encode(prefix, [tokens for _, tokens in missing], [context for context, _ in missing])
         for (context, tokens), kv in zip(missing, rows, strict=True):
@@ -137,14 +139,6 @@ class Caches:
         runs, places = _runs(texts, contexts or [()] * len(texts))
         rows = encode_runs(self.model, runs, self.prefix(prefix), token_budget=self.token_budget)
         return [rows[run][number] for run, number in places]
-
-    def _get(self, key: EntryKey, *, by_layer: bool = False) -> KV | None:
-        if self.store is None:
-            return None
-        try:
-            return self.store.get(key, by_layer=by_layer).to(self.model.device)
-        except CacheMiss:
-            return None
 
     def _as_kept(self, kv: KV) -> KV:
         """The rows that the next request will find, so that a miss and a hit answer alike."""

@@ -16,6 +16,7 @@ from kvrag.parts import DOCUMENT_FIELD, PART_FIELD
 from kvrag.reports import ReconcileReport, RenewReport
 from kvrag.store.base import KVStore
 from kvrag.store.references import References
+from kvrag.store.several import put_many
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +248,7 @@ class Lockstep:
                 rows = self._contexts.require_encoder().encode_behind(tokens, contexts)
             else:
                 rows = self._encoder.encode(tokens)
-            for item, kv in zip(some, rows, strict=True):
-                self._store.put(item.key, kv)
+            put_many(self._store, [(item.key, kv) for item, kv in zip(some, rows, strict=True)])
         return len(missing)
 
     def relabel(self, items: Sequence[Item]) -> int:

@@ -57,6 +57,10 @@ class LazyLayers(Sequence[LayerKV]):
             CacheMiss: it is damaged.
         """
 
+    def read_soon(self, number: int) -> None:
+        """Say that layer `number` will be touched soon: where it can be read ahead, that begins now."""
+        return
+
     @property
     @abstractmethod
     def num_bytes(self) -> int:
@@ -105,6 +109,11 @@ class KV:
         if isinstance(self.layers, LazyLayers) or not self.layers:
             return torch.device("cpu")
         return self.layers[0].keys.device
+
+    def read_soon(self, layer: int) -> None:
+        """Say that a layer will be touched soon, so that its rows come while something else is computed."""
+        if isinstance(self.layers, LazyLayers):
+            self.layers.read_soon(layer)
 
     def head(self, num_tokens: int) -> KV:
         """The first rows alone, sharing memory: causal rows do not depend on later ones."""

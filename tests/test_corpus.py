@@ -311,7 +311,7 @@ def test_a_store_that_cannot_be_written(
     corpus.add(["before"], ["before"])
     corpus._lockstep.batch_size = 2
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("kvrag.store.folder.write_partial", full)
+        patch.setattr("kvrag.store.folder.write_partials", full)
         corpus.add([f"text {n}" for n in range(5)], list("abcde"))
         corpus.upsert(["more", "before"], ["f", "before"])
     assert encoder.encoded == [1, 2, 1]  # not the rest of the call in vain
@@ -467,7 +467,7 @@ from kvrag.index import Index
 from kvrag.store.disk import DiskStore
 from kvrag.store.references import References
 from test_corpus import FakeEncoder
-where = {"put": DiskStore, "add": Index, "collect": References}[sys.argv[3]]
+where = {"put_many": DiskStore, "add": Index, "collect": References}[sys.argv[3]]
 original = getattr(where, sys.argv[3])
 def dying(*args, **kwargs):
     original(*args, **kwargs)
@@ -483,7 +483,9 @@ corpus.delete(["a", "n0"])
 """
 
 
-@pytest.mark.parametrize(("step", "nth"), [("put", 3), ("add", 2), ("collect", 1), ("collect", 2)])
+@pytest.mark.parametrize(
+    ("step", "nth"), [("put_many", 2), ("put_many", 3), ("add", 2), ("collect", 1), ("collect", 2)]
+)
 def test_a_process_that_dies_is_mended(
     tmp_path: Path, open_corpus: Callable[..., Corpus], step: str, nth: int
 ) -> None:

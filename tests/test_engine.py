@@ -29,6 +29,7 @@ from kvrag.errors import (
 )
 from kvrag.model import Model
 from kvrag.store import files
+from kvrag.store import folder as entry_folder
 from kvrag.store.disk import DiskStore
 from kvrag.testing.models import tiny, tiny_model, tiny_tokenizer
 
@@ -195,7 +196,7 @@ def test_a_store_that_cannot_be_written_costs_one_warning(
     def refuse(*_: Any) -> None:
         raise OSError(number, "no")
 
-    monkeypatch.setattr("kvrag.store.folder.write_partial", refuse)
+    monkeypatch.setattr(entry_folder, "write_partials", refuse)
     with caplog.at_level(logging.WARNING), Engine(model(), store) as engine:
         answers = [ask(engine) for _ in range(3)]
     assert [a.tokens for a in answers] == [expected()] * 3

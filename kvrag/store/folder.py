@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from kvrag.store import layout
 from kvrag.store.files import (
     PARTIAL,
     commit,
+    commit_all,
     exclusive,
     make_folder,
     no_others,
@@ -25,6 +26,7 @@ from kvrag.store.files import (
     shared,
     sync_folder,
     write_partial,
+    write_partials,
 )
 from kvrag.store.filters import PLAIN, SEALED, Filters
 from kvrag.store.kept import Signature
@@ -40,6 +42,10 @@ _HEX = "0123456789abcdef"
 def is_id(name: object) -> bool:
     """Whether this can be the name of an entry."""
     return isinstance(name, str) and _ID.fullmatch(name) is not None
+
+
+NewEntry = tuple[str, Manifest, Sequence[bytes | memoryview]]
+"""Id, manifest and content of the data file, in pieces."""
 
 
 @dataclass(slots=True)
@@ -200,38 +206,50 @@ class EntryFolder:
         return exclusive(self.path / "store.lock")
 
     @contextmanager
-    def writing(
-        self, key_id: str, manifest: Manifest, parts: Sequence[bytes | memoryview]
-    ) -> Iterator[Callable[[], None]]:
-        """Write an entry under names that are nobody's; what it gives makes an entry of them.
+    def writing(self, entries: Iterable[NewEntry]) -> Iterator[Callable[[Sequence[str]], None]]:
+        """Write and sync entries under names that are nobody's; what it gives makes entries of some of them.
+
+        Args:
+            entries: ids, manifests and rows; taken one after the other, so that rows can be encoded in turn.
 
         Raises:
             OSError: disk full, read-only, no permission; nothing is left behind.
         """
-        manifest_file, data_file = self.files(key_id)
-        make_folder(data_file.parent)
-        stem = f"{key_id}.{uuid.uuid4().hex}"
-        data_part = data_file.with_name(f"{stem}.{self._suffix}{PARTIAL}")
-        manifest_part = data_file.with_name(f"{stem}.json{PARTIAL}")
+        written: dict[str, tuple[Path, Path]] = {}
 
-        def finish() -> None:
-            manifest_file.unlink(missing_ok=True)  # of a damaged entry: must not meet the new data
+        def partials() -> Iterator[tuple[Path, Sequence[bytes | memoryview]]]:
+            for key_id, manifest, parts in entries:
+                data_file = self.files(key_id)[1]
+                make_folder(data_file.parent)
+                stem = f"{key_id}.{uuid.uuid4().hex}"
+                data_part = data_file.with_name(f"{stem}.{self._suffix}{PARTIAL}")
+                manifest_part = data_file.with_name(f"{stem}.json{PARTIAL}")
+                written[key_id] = manifest_part, data_part
+                yield data_part, parts
+                yield manifest_part, [layout.dump_manifest(manifest)]
+
+        def finish(key_ids: Sequence[str]) -> None:
+            files = [(*written[key_id], *self.files(key_id)) for key_id in key_ids]
+            for _, _, manifest, _ in files:
+                manifest.unlink(missing_ok=True)  # of a damaged entry: must not meet the new data
             try:
-                commit(data_part, data_file)
-                commit(manifest_part, manifest_file)
+                commit_all([(part, data) for _, part, _, data in files])
+                commit_all([(part, manifest) for part, _, manifest, _ in files])
             except BaseException:
-                if not manifest_file.exists():
-                    remove(data_file)
+                for _, _, manifest, data in files:
+                    if not manifest.exists():
+                        remove(data)
                 raise
 
+        make_folder(self.path)
         with shared(self._writers):
             try:
-                write_partial(data_part, parts)
-                write_partial(manifest_part, [layout.dump_manifest(manifest)])
+                write_partials(partials())
                 yield finish
             finally:
-                remove(data_part)
-                remove(manifest_part)
+                for parts in written.values():
+                    for part in parts:
+                        remove(part)
 
     def rewrite(self, key_id: str, manifest: Manifest) -> None:
         """Put another manifest of the same rows in an entry's place, in one step."""

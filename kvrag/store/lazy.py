@@ -16,6 +16,7 @@ class MappedLayers(LazyLayers):
         sizes: bytes of each layer's rows.
         load: gives one layer, verified and counted, or raises; it is asked again at the next touch then.
         finish: called once all layers are proven.
+        read_soon: starts reading one layer and returns.
     """
 
     def __init__(
@@ -24,11 +25,13 @@ class MappedLayers(LazyLayers):
         sizes: Sequence[int],
         load: Callable[[int], LayerKV],
         finish: Callable[[], None],
+        read_soon: Callable[[int], None],
     ) -> None:
         self._num_tokens = num_tokens
         self._sizes = sizes
         self._load = load
         self._finish = finish
+        self._start = read_soon
         self._layers: list[LayerKV | None] = [None] * len(sizes)
         self._num_bytes = sum(sizes)
         self._num_bytes_touched = 0
@@ -50,6 +53,11 @@ class MappedLayers(LazyLayers):
                     if all(layer is not None for layer in self._layers):
                         self._finish()
         return found
+
+    def read_soon(self, number: int) -> None:
+        """Start reading a layer that nobody has touched yet."""
+        if self._layers[number] is None:
+            self._start(number)
 
     @property
     def num_bytes(self) -> int:
@@ -93,6 +101,10 @@ class FirstRows(LazyLayers):
             view = LayerKV(whole.keys[:, : self._num_first], whole.values[:, : self._num_first])
             self._views[number] = view
         return view
+
+    def read_soon(self, number: int) -> None:
+        """Start reading the whole layer."""
+        self._layers.read_soon(number)
 
     @property
     def num_bytes(self) -> int:

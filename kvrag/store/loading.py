@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from kvrag.segments import KV, LayerKV, LazyLayers
 from kvrag.store import advice, layout
 from kvrag.store.clock import StoreClock
 from kvrag.store.counts import Counts
+from kvrag.store.direct import DirectReads
 from kvrag.store.folder import EntryFolder
 from kvrag.store.kept import KeptEntries, Signature
 from kvrag.store.key import EntryKey, token_bytes
@@ -35,6 +37,7 @@ class Loader:
         counts: what is counted.
         verify: "load" or "never".
         keep_bytes: of verified files that stay mapped.
+        direct: read whole entries past the page cache, where the file system can.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Loader:
         *,
         verify: Literal["load", "never"],
         keep_bytes: int,
+        direct: bool = False,
     ) -> None:
         self.kept = KeptEntries(keep_bytes)
         self._folder = folder
@@ -53,6 +57,7 @@ class Loader:
         self._clock = clock
         self._counts = counts
         self._verify = verify
+        self._direct = DirectReads() if direct else None
         self._signature = folder.signature
         self._lost: dict[str, Signature] = {}
 
@@ -133,9 +138,7 @@ class Loader:
             raise Damaged(f"the entry was made for {other}, asked for was {fields}")
         if in_time and self.is_over(manifest):
             raise self._expired(key.id)
-        data = layout.map_file(self._folder.files(key.id)[1], manifest)
-        if by_layer:
-            advice.read_nothing_ahead(data)
+        data = self._data(self._folder.files(key.id)[1], manifest, by_layer=by_layer)
         if self._verify == "load":
             (layout.verify_frame if by_layer else layout.verify)(data, manifest)
         if layout.stored_tokens(data, manifest, cipher) != token_bytes(key.tokens):
@@ -148,6 +151,16 @@ class Loader:
             self._counts.add("bytes_read", sum(end - start for start, end in manifest.layer_spans()))
         self._keep(key.id, signature, manifest, kv)
         return kv
+
+    def _data(self, file: Path, manifest: Manifest, *, by_layer: bool) -> torch.Tensor:
+        """All bytes of a data file: mapped, or read if that was asked for; see `layout.map_file`."""
+        if self._direct is not None and not by_layer:
+            data = self._direct.read(file, manifest.file_size)
+            if data is not None:
+                return data
+        data = layout.map_file(file, manifest)
+        (advice.read_nothing_ahead if by_layer else advice.read_in_large_pages)(data)
+        return data
 
     def _by_layer(
         self,
@@ -177,7 +190,10 @@ class Loader:
             whole = KV(key.tokens, tuple(layers))
             self._keep(key.id, signature, manifest, whole)  # from now on like one loaded at once
 
-        layers = MappedLayers(len(key.tokens), manifest.row_bytes(), prove, finish)
+        def read_soon(number: int) -> None:
+            advice.read_soon(data, *spans[number])
+
+        layers = MappedLayers(len(key.tokens), manifest.row_bytes(), prove, finish, read_soon)
         return KV(key.tokens, layers)
 
     def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:

@@ -68,6 +68,6 @@ def _renew(folder: EntryFolder, key_id: str, before: Filters, after: Filters) ->
         manifest, parts = layout.rekeyed(data, manifest, before, after)
     except Damaged:
         return False
-    with folder.writing(key_id, manifest, parts) as commit:
-        commit()
+    with folder.writing([(key_id, manifest, parts)]) as commit:
+        commit([key_id])
     return True

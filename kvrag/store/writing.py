@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kvrag.errors import StoreWriteError
@@ -14,7 +15,7 @@ from kvrag.store.clock import StoreClock
 from kvrag.store.counts import Counts
 from kvrag.store.files import commit as rename
 from kvrag.store.files import make_folder, sync_folder
-from kvrag.store.folder import EntryFolder
+from kvrag.store.folder import EntryFolder, NewEntry
 from kvrag.store.hits import Hits
 from kvrag.store.index import Victim
 from kvrag.store.key import EntryKey
@@ -22,6 +23,8 @@ from kvrag.store.layout import Damaged, Manifest
 from kvrag.store.ledger import Ledger
 from kvrag.store.loading import Loader
 from kvrag.store.room import Limits
+
+_MAX_TOGETHER = 64  # two open files each
 
 
 class Writer:
@@ -58,22 +61,28 @@ class Writer:
         self._loader = loader
         self._counts = counts
 
-    def put(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
-        """Have an intact entry of these rows; see `DiskStore.put`."""
-        before = self._intact(key)
-        if before is None:
-            self._write(key, kv, cost_seconds, ttl_seconds)
-        elif cost_seconds or ttl_seconds is not None or before.expires is not None:
-            self._renew(key, cost_seconds, ttl_seconds)
+    def put(
+        self, entries: Sequence[tuple[EntryKey, KV]], cost_seconds: float, ttl_seconds: float | None
+    ) -> None:
+        """Have intact entries of these rows; see `DiskStore.put_many`."""
+        missing = []
+        for key, kv in {key.id: (key, kv) for key, kv in entries}.values():
+            before = self._intact(key)
+            if before is None:
+                missing.append((key, kv))
+            elif cost_seconds or ttl_seconds is not None or before.expires is not None:
+                self._renew(key, cost_seconds, ttl_seconds)
+        for start in range(0, len(missing), _MAX_TOGETHER):
+            self._write(missing[start : start + _MAX_TOGETHER], cost_seconds, ttl_seconds)
 
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
         self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
         self._prepare(manifest)
-        with self._folder.writing(key_id, manifest, data) as commit, self._ledger.locked():
+        with self._folder.writing([(key_id, manifest, data)]) as commit, self._ledger.locked():
             if self._folder.exists(key_id):
                 return False
-            self._commit(key_id, manifest, commit)
+            self._commit({key_id: manifest}, partial(commit, [key_id]))
         return True
 
     def adopt(self, key_id: str, manifest: Manifest, files: tuple[Path, Path]) -> bool:
@@ -89,7 +98,7 @@ class Writer:
         with self._ledger.locked():
             if self._folder.exists(key_id):
                 return False
-            self._commit(key_id, manifest, commit)
+            self._commit({key_id: manifest}, commit)
         return True
 
     def pin(self, key_id: str, pinned: bool) -> bool:
@@ -133,20 +142,35 @@ class Writer:
         except Damaged:
             return None  # deleted since
 
-    def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
-        now = self._clock.now()
-        manifest, parts = layout.encode(
-            key,
-            kv,
-            now,
-            cost_seconds=cost_seconds,
-            expires=_end(now, ttl_seconds),
-            filters=self._folder.filters,
-        )
-        self._prepare(manifest)
-        with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
-            if not self._loader.is_intact(key):  # else another process was faster
-                self._commit(key.id, manifest, commit)
+    def _write(
+        self, entries: Sequence[tuple[EntryKey, KV]], cost_seconds: float, ttl_seconds: float | None
+    ) -> None:
+        """Write entries of different names; all their bytes are on the disk before any gets its name."""
+        new: dict[str, Manifest] = {}
+
+        def encoded() -> Iterator[NewEntry]:
+            for key, kv in entries:
+                now = self._clock.now()
+                manifest, parts = layout.encode(
+                    key,
+                    kv,
+                    now,
+                    cost_seconds=cost_seconds,
+                    expires=_end(now, ttl_seconds),
+                    filters=self._folder.filters,
+                )
+                self._prepare(manifest)
+                new[key.id] = manifest
+                yield key.id, manifest, parts
+
+        with self._folder.writing(encoded()) as commit, self._ledger.locked():
+            # What is intact by now, another process has written.
+            left = {key.id: new[key.id] for key, _ in entries if not self._loader.is_intact(key)}
+            if any(self._limits.of(tenant_of(manifest)) for manifest in left.values()):
+                for key_id, manifest in left.items():  # each may have to evict others
+                    self._commit({key_id: manifest}, partial(commit, [key_id]))
+            elif left:
+                self._commit(left, partial(commit, list(left)))
 
     def _renew(self, key: EntryKey, cost_seconds: float, ttl_seconds: float | None) -> None:
         """Write another manifest for the same rows."""
@@ -163,16 +187,18 @@ class Writer:
             )
             if manifest != before:
                 manifest = layout.resealed(manifest, self._folder.filters)
-                self._commit(key.id, manifest, lambda: self._folder.rewrite(key.id, manifest))
+                self._commit({key.id: manifest}, lambda: self._folder.rewrite(key.id, manifest))
 
-    def _commit(self, key_id: str, manifest: Manifest, commit: Callable[[], None]) -> None:
-        """Make room, then have the entry; the caller holds the lock."""
+    def _commit(self, new: Mapping[str, Manifest], commit: Callable[[], None]) -> None:
+        """Make room, then have the entries; the caller holds the lock. With limits, one at a time."""
         self._folder.filters.claim(self._folder.path)
-        self._loader.kept.drop(key_id)
-        victims = self._victims(tenant_of(manifest), key_id, size_of(manifest))
+        victims: list[Victim] = []
+        for key_id, manifest in new.items():
+            self._loader.kept.drop(key_id)
+            victims += self._victims(tenant_of(manifest), key_id, size_of(manifest))
         floor = max((victim.priority for victim in victims), default=0.0)
-        names = [key_id, *(victim.id for victim in victims)]
-        with self._ledger.changing(names, {key_id: manifest}, floor=floor):
+        names = [*new, *(victim.id for victim in victims)]
+        with self._ledger.changing(names, new, floor=floor):
             self._erase(victims)
             commit()
 

@@ -29,8 +29,11 @@ def write_for_ever(folder: Path, seed: int) -> None:
         key = EntryKey(example_fingerprint(), tokens)
         if random_numbers.random() < 0.3:
             store.delete(key.id)
-        else:
+        elif random_numbers.random() < 0.5:
             store.put(key, ROWS[tokens])
+        else:
+            batch = random_numbers.sample(TEXTS, 3)
+            store.put_many([(EntryKey(example_fingerprint(), text), ROWS[text]) for text in batch])
 
 
 def start(folder: Path, seed: int) -> int:

@@ -42,6 +42,11 @@ class TestDiskStoreThatKeepsNothing(TestDiskStore):
         return DiskStore(self.folder, keep_bytes=0)
 
 
+class TestDiskStoreThatReadsDirectly(TestDiskStore):
+    def make_store(self) -> KVStore:
+        return DiskStore(self.folder, direct=True)
+
+
 class TestDiskStoreThatVerifiesNothing(TestDiskStore):
     def make_store(self) -> KVStore:
         return DiskStore(self.folder, verify="never")

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -343,3 +344,25 @@ def test_untouched_layers_are_not_read_from_the_disk(big: DiskStore) -> None:
     assert big.stats().bytes_read == 3 * BIG_LAYER
     big.get(BIG)
     assert shares() == [1] * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' posix_fadvise and mincore")
+def test_a_layer_that_is_wanted_soon_comes_and_no_other(big: DiskStore) -> None:
+    path, places = data_file(big, BIG), spans(big, BIG)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(resident(path)):
+        pytest.skip("this file system does not let go of its pages")
+    kv = big.get(BIG, by_layer=True)
+    kv.head(3).read_soon(2)
+    end = time.monotonic() + 60
+    while True:  # the disk takes its time
+        pages = list(resident(path))
+        inner = [pages[-(-start // mmap.PAGESIZE) : stop // mmap.PAGESIZE] for start, stop in places]
+        if all(inner[2]) or time.monotonic() > end:
+            break
+    assert [all(part) for part in inner] == [number == 2 for number in range(8)]
+    assert not any(any(part) for number, part in enumerate(inner) if number != 2)
+    assert kv.num_bytes_touched == 0
+    big.get(BIG).read_soon(0)  # nothing to do for what is there

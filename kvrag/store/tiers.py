@@ -1,0 +1,436 @@
+"""Several stores as one: the fast ones in front, the lasting and the shared ones behind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
+from kvrag.segments import KV
+from kvrag.store.base import CheckReport, EntryInfo, KVStore, Receipt, StoreStats, check_rows
+from kvrag.store.disk import DiskStore
+from kvrag.store.journal import Journal
+from kvrag.store.key import EntryKey
+from kvrag.store.layout import Damaged
+from kvrag.store.moving import EntryBytes, MovesBytes
+from kvrag.store.stack import Tier, TierStats, info_of, merged, placed
+from kvrag.store.traffic import Traffic
+from kvrag.store.uploads import Uploads
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_LOCKS = 256
+_TROUBLE = (StoreError, OSError)
+
+
+class TieredStore:
+    """Reads from the first tier that has an entry, and brings it into those before.
+
+    Entries move between disk and objects as bytes, compressed and encrypted as they are; a tier in which an
+    entry is damaged is passed over, and mended by the next one. Rows on disk are mapped, and never copied
+    into main memory: a `MemoryTier` there, in front of a `DiskStore`, stays empty unless it is pinned (for a
+    GPU) or `copy_mapped` says otherwise.
+
+    `delete` erases in every tier. A tier that cannot be reached then makes it fail, is remembered (until
+    `sweep` has erased there, too), and never brings the entry back. Other machines' own disks are not
+    reached: only the tiers given are.
+
+    Args:
+        tiers: the fastest first; none of them twice.
+        write: "through": `put` returns when all tiers have the entry, or raises and none has; "back": when
+            the first that lasts has it, and a thread brings it to the others, which a crash only interrupts.
+        state: file that remembers uploads and deletions; None: `tiers.sqlite` in the folder of the first
+            `DiskStore`, or in memory where there is none.
+        copy_mapped: fill tiers of main memory in front of a disk.
+        close_seconds: how long `close` waits for uploads.
+
+    Raises:
+        ConfigError: no tiers, or tiers that cannot be written back to.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[KVStore],
+        *,
+        write: Literal["through", "back"] = "through",
+        state: str | Path | None = None,
+        copy_mapped: bool = False,
+        close_seconds: float = 10.0,
+    ) -> None:
+        if not tiers or len({id(tier) for tier in tiers}) != len(tiers):
+            raise ConfigError(f"{len(tiers)} tiers: expected at least one, and each of them once")
+        if write not in ("through", "back"):
+            raise ConfigError(f"write={write!r}: expected 'through' or 'back'")
+        self._tiers = placed(tiers, copy_mapped)
+        # What lasts; if nothing does, the last of what does not.
+        self._lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
+        if write == "back" and any(t.mover is None for t in self._lasting):
+            raise ConfigError("write='back' needs tiers that move bytes, such as DiskStore and ObjectStore")
+        disk = next((t.store for t in self._tiers if isinstance(t.store, DiskStore)), None)
+        self._journal = Journal(disk.path / "tiers.sqlite" if state is None and disk else state)
+        self._traffic = Traffic()
+        lower = [tier.name for tier in self._lasting[1:]]
+        self._uploads = Uploads(self._journal, self._upload, self._traffic, lower)
+        self._writes_back = write == "back"
+        self._close_seconds = close_seconds
+        self._locks = [threading.RLock() for _ in range(_LOCKS)]
+        self._counts: Counter[str] = Counter()
+        self._count_lock = threading.Lock()
+        if self._writes_back:
+            self._uploads.wake()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Reads under way, for work that can wait."""
+        return self._traffic
+
+    # --- the store ---
+
+    def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
+        """Return the entry's rows from the first tier that has them; see `KVStore.get`.
+
+        With `by_layer`, a layer that is found damaged when it is touched makes the caller start over, and the
+        next `get` finds the entry in the next tier.
+        """
+        with self._traffic.reading():
+            if not self._is_erased(key.id):
+                for number, tier in enumerate(self._tiers):
+                    kv = self._from(number, key, by_layer=by_layer)
+                    if kv is not None:
+                        self._count("hits", f"hits {tier.name}")
+                        return kv
+        self._count("misses")
+        raise CacheMiss(f"no usable entry {key.id[:12]} in {', '.join(t.name for t in self._tiers)}")
+
+    def put(
+        self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
+    ) -> None:
+        """Keep the rows in the tiers; see `write` for what is certain when it returns.
+
+        Raises:
+            ConfigError: the rows are not of this key.
+            StoreWriteError: nothing was written, and what was there before is still there.
+        """
+        check_rows(key, kv)
+        with self._locked(key.id):
+            try:
+                self._write(key, kv, cost_seconds, ttl_seconds)
+            except _TROUBLE as error:
+                self._count("write_failures")
+                if isinstance(error, StoreError):
+                    raise
+                raise StoreWriteError(error.errno, f"nothing was written: {error}") from error
+            for tier in self._tiers:
+                if tier.memory is not None and tier.is_filled and tier not in self._lasting:
+                    tier.memory.keep(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+        if self._writes_back:
+            self._uploads.wake()
+
+    def delete(self, key_id: str) -> Receipt:
+        """Erase the entry in every tier, and cancel its uploads.
+
+        Raises:
+            StoreWriteError: the message says which tiers may still hold it; it is a miss all the same from
+                now on, and `sweep` tries again.
+        """
+        if not _ID.fullmatch(key_id):
+            return Receipt(key_id, False)
+        with self._locked(key_id):
+            self._journal.erase(key_id, [tier.name for tier in self._tiers])
+            receipts, failures = self._erase(key_id, self._tiers)
+        if failures:
+            what = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            raise StoreWriteError(
+                errno.EIO,
+                f"entry {key_id[:12]} may still be in {', '.join(failures)} ({what}); it is a miss from now "
+                "on, and sweep() erases it there once it can be reached",
+            )
+        return merged(key_id, receipts)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether any tier has an entry under this `EntryKey` or id; does not read it."""
+        key_id = key.id if isinstance(key, EntryKey) else key
+        if not isinstance(key_id, str) or not _ID.fullmatch(key_id) or self._is_erased(key_id):
+            return False
+        return any(key_id in tier.store for tier in self._tiers)
+
+    def ids(self) -> Iterator[str]:
+        """Ids of all entries of all tiers, each once."""
+        erased = self._journal.erased()
+        found = dict.fromkeys(key_id for tier in self._tiers for key_id in tier.store.ids())
+        return iter([key_id for key_id in found if key_id not in erased])
+
+    def stats(self) -> StoreStats:
+        """Counts of this object; entries once, their bytes in every tier that holds them."""
+        own, tiers = self._counts, [tier.store.stats() for tier in self._tiers]
+        return StoreStats(
+            entries=sum(1 for _ in self.ids()),
+            num_bytes=sum(stats.num_bytes for stats in tiers),
+            hits=own["hits"],
+            misses=own["misses"],
+            damaged=sum(stats.damaged for stats in tiers),
+            write_failures=own["write_failures"],
+            bytes_read=sum(stats.bytes_read for stats in tiers),
+            evictions=sum(stats.evictions for stats in tiers),
+            evicted_bytes=sum(stats.evicted_bytes for stats in tiers),
+        )
+
+    def tier_stats(self) -> list[TierStats]:
+        """Counts of every tier, the fastest first."""
+        pending = Counter(tier for _, tier in self._journal.pending())
+        return [
+            TierStats(t.name, self._counts[f"hits {t.name}"], pending[t.name], t.store.stats())
+            for t in self._tiers
+        ]
+
+    def info(self, key_id: str) -> EntryInfo | None:
+        """What the first tier that has the entry knows of it; None if none knows."""
+        for tier in self._tiers:
+            info = None if self._is_erased(key_id) else info_of(tier.store, key_id)
+            if info is not None:
+                return info
+        return None
+
+    def pin(self, key_id: str, pinned: bool = True) -> bool:
+        """Let no tier evict the entry, or all again; False if no tier has it."""
+        pins = [pin for tier in self._tiers if (pin := getattr(tier.store, "pin", None)) is not None]
+        done = [pin(key_id, pinned) for pin in pins]  # in all of them, not only in the first
+        return any(done)
+
+    def check(self, *, fix: bool = False) -> CheckReport:
+        """Verify every entry of every tier; what is set aside comes back from another when it is read."""
+        damaged: dict[str, None] = {}
+        orphans: list[str] = []
+        for tier in self._tiers:
+            found = tier.store.check(fix=fix)
+            damaged.update(dict.fromkeys(found.damaged))
+            orphans += [f"{tier.name}: {name}" for name in found.orphans]
+        return CheckReport(tuple(damaged), tuple(orphans), fixed=fix)
+
+    def sweep(self, *, grace_seconds: float = 3600.0) -> tuple[Receipt, ...]:
+        """Erase what could not be erased before, and let every tier tidy up; what was erased by that.
+
+        Args:
+            grace_seconds: how long deletions are remembered after all tiers have confirmed them.
+        """
+        named = {tier.name: tier for tier in self._tiers}
+        receipts = []
+        for key_id, name in self._journal.unconfirmed():
+            with self._locked(key_id):
+                if name in named and (key_id, name) in self._journal.unconfirmed():
+                    done, failures = self._erase(key_id, [named[name]])
+                    receipts += done
+                    for error in failures.values():
+                        logger.warning("entry %s may still be in %s: %s", key_id[:12], name, error)
+        self._journal.forget(grace_seconds)
+        for tier in self._tiers:
+            sweep = getattr(tier.store, "sweep", None)
+            try:
+                if sweep is not None:
+                    sweep()
+            except _TROUBLE as error:
+                logger.warning("%s could not be swept: %s", tier.name, error)
+        return tuple(receipts)
+
+    def flush(self, timeout_seconds: float | None = None) -> int:
+        """Try all pending uploads now; how many are still pending after that, or after so long."""
+        return self._uploads.flush(timeout_seconds)
+
+    def close(self) -> None:
+        """Wait for uploads, but not for ever, and close the tiers; what is pending stays so."""
+        end = time.monotonic() + self._close_seconds
+        left = self._uploads.flush(self._close_seconds)
+        self._uploads.close(max(0.1, end - time.monotonic()))
+        if left:
+            logger.warning("%d uploads are left for the next time", left)
+        self._journal.close()
+        for tier in self._tiers:
+            tier.store.close()
+
+    # --- reading ---
+
+    def _from(self, number: int, key: EntryKey, *, by_layer: bool) -> KV | None:
+        """The entry as one tier has it, brought into those before; None if it has none that is usable."""
+        tier = self._tiers[number]
+        above = [t for t in self._tiers[:number] if t.mover is not None]
+        try:
+            if tier.mover is not None and above:
+                kv = self._raised(tier, above, key, by_layer=by_layer)
+            else:
+                kv = tier.store.get(key, by_layer=by_layer)
+            return None if kv is None else self._kept(number, key, kv)
+        except CacheMiss:
+            return None
+        except _TROUBLE as error:
+            self._warn(tier, key.id, error)
+            return None
+
+    def _raised(self, tier: Tier, above: Sequence[Tier], key: EntryKey, *, by_layer: bool) -> KV | None:
+        """Bring an entry's bytes into the tiers above that hold bytes, and read it there.
+
+        Where none of them takes it, it is read from where it lies.
+        """
+        assert tier.mover is not None
+        with self._locked(key.id):
+            entry = tier.mover.export_bytes(key.id)
+            if self._is_erased(key.id) or (entry.expires is not None and entry.expires <= time.time()):
+                return None
+            try:
+                taken = [upper for upper in above if self._takes(upper, tier, entry)]
+            except Damaged:
+                return tier.store.get(key)  # finds it, too, and sets it aside; or it was replaced meanwhile
+            if self._is_erased(key.id):  # another process deleted it while it was under way
+                self._erase(key.id, taken)
+                return None
+            for upper in taken:
+                try:
+                    return upper.store.get(key, by_layer=by_layer)
+                except _TROUBLE:
+                    continue  # no room to stay there, or not of this key
+        return tier.store.get(key, by_layer=by_layer)
+
+    def _takes(self, upper: Tier, lower: Tier, entry: EntryBytes) -> bool:
+        """Whether an upper tier has taken an entry.
+
+        Raises:
+            Damaged: there is nothing to be taken.
+        """
+        assert upper.mover is not None
+        try:
+            upper.mover.import_bytes(entry)
+        except _TROUBLE as error:
+            self._count("write_failures")
+            logger.warning("entry %s stays in %s alone: %s", entry.id[:12], lower.name, error)
+            return False
+        return True
+
+    def _kept(self, number: int, key: EntryKey, kv: KV) -> KV:
+        """The rows where the uppermost tier of memory keeps them now; as they are if none does.
+
+        Raises:
+            CacheMiss: rows that are read when touched are damaged.
+        """
+        filled = [t.memory for t in self._tiers[:number] if t.memory is not None and t.is_filled]
+        info = info_of(self._tiers[number].store, key.id) if filled else None
+        cost, ttl = 0.0, None
+        if info is not None:
+            cost = info.cost_seconds
+            ttl = None if info.expires is None else max(1e-6, info.expires - time.time())
+        for memory in reversed(filled):
+            with self._locked(key.id):
+                if not self._is_erased(key.id):
+                    kv = memory.keep(key, kv, cost_seconds=cost, ttl_seconds=ttl) or kv
+        return kv
+
+    def _is_erased(self, key_id: str) -> bool:
+        try:
+            return self._journal.is_erased(key_id)
+        except (sqlite3.Error, *_TROUBLE) as error:
+            # What was deleted must not come back because a file cannot be read.
+            logger.warning("entry %s is a miss: what was deleted cannot be read: %s", key_id[:12], error)
+            return True
+
+    # --- writing ---
+
+    def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
+        """Write to the first lasting tier and, through it, to the others, or note that they are to get it."""
+        first, *others = self._lasting
+        if self._writes_back:
+            # Noted before: an entry that is there is either uploaded or pending, whenever a crash comes.
+            self._journal.owe(key.id, [tier.name for tier in others])
+            first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+            self._journal.revive(key.id)
+            return
+        new = [tier for tier in self._lasting if key.id not in tier.store]
+        try:
+            first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+            for tier in others:
+                if first.mover is not None and tier.mover is not None:
+                    self._move(first.mover, tier.mover, key.id, cost_seconds, ttl_seconds)
+                else:
+                    tier.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+            self._journal.revive(key.id)
+        except BaseException:
+            self._undo(key.id, new)
+            raise
+
+    def _move(
+        self, source: MovesBytes, target: MovesBytes, key_id: str, cost: float, ttl_seconds: float | None
+    ) -> None:
+        """Copy an entry that was just put.
+
+        Raises:
+            StoreWriteError: it cannot be read again, or not be written.
+        """
+        try:
+            entry = source.export_bytes(key_id)
+            expires = entry.expires
+            if expires is None and ttl_seconds is not None:
+                expires = time.time() + ttl_seconds
+            target.import_bytes(replace(entry, cost_seconds=entry.cost_seconds or cost, expires=expires))
+        except (CacheMiss, Damaged) as error:
+            what = f"entry {key_id[:12]} was written and cannot be read: {error}"
+            raise StoreWriteError(errno.EIO, what) from error
+
+    def _undo(self, key_id: str, tiers: Sequence[Tier]) -> None:
+        for tier in tiers:
+            try:
+                tier.store.delete(key_id)
+            except _TROUBLE as error:
+                logger.warning(
+                    "entry %s was not put and may still be in %s: %s", key_id[:12], tier.name, error
+                )
+
+    def _upload(self, key_id: str, name: str) -> bool:
+        """Bring a pending entry from the first lasting tier to another; False if it has to wait."""
+        target = next((tier for tier in self._lasting[1:] if tier.name == name), None)
+        source = self._lasting[0].mover
+        if target is None or target.mover is None or source is None:
+            return False  # of a tier that is not there this time
+        with self._locked(key_id):
+            if not self._journal.is_pending(key_id, name):
+                return True
+            try:
+                target.mover.import_bytes(source.export_bytes(key_id))
+            except (CacheMiss, Damaged) as error:
+                logger.warning("entry %s will not be uploaded: %s", key_id[:12], error)
+            except _TROUBLE as error:
+                self._count("write_failures")
+                logger.warning("entry %s could not be uploaded: %s", key_id[:12], error)
+                return False
+            self._journal.settle(key_id, name)
+        return True
+
+    def _erase(self, key_id: str, tiers: Sequence[Tier]) -> tuple[list[Receipt], dict[str, Exception]]:
+        """Delete in these tiers, as far as they can be reached, and note which have confirmed it."""
+        receipts: list[Receipt] = []
+        failures: dict[str, Exception] = {}
+        for tier in tiers:
+            try:
+                receipts.append(tier.store.delete(key_id))
+            except _TROUBLE as error:
+                failures[tier.name] = error
+        self._journal.confirm(key_id, [tier.name for tier in tiers if tier.name not in failures])
+        return receipts, failures
+
+    def _locked(self, key_id: str) -> AbstractContextManager[bool]:
+        """What keeps moves and deletions of one entry apart."""
+        return self._locks[hash(key_id) % _LOCKS]
+
+    def _count(self, *names: str) -> None:
+        with self._count_lock:
+            self._counts.update(names)
+
+    def _warn(self, tier: Tier, key_id: str, error: Exception) -> None:
+        logger.warning("entry %s cannot be read from %s: %s", key_id[:12], tier.name, error)
