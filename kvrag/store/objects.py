@@ -313,7 +313,9 @@ class ObjectStore:
             self._count("bytes_read", end - start)
             return rows
 
-        layers = MappedLayers(len(key.tokens), manifest.row_bytes(), prove, lambda: None, lambda _: None)
+        # Fetched when they are touched: `Prefetch` is what fetches ahead, in threads of its own.
+        sizes = manifest.row_bytes()
+        layers = MappedLayers(len(key.tokens), sizes, prove, lambda: None, lambda _: None)
         with self._lock:
             self._lent.setdefault(key.id, weakref.WeakSet()).add(layers)
             for key_id in [k for k, lent in self._lent.items() if not lent]:
