@@ -1,7 +1,7 @@
 """Whether reading ahead pays: a question read over documents in files that the page cache has forgotten.
 
-Four ways take turns: all layers of all documents loaded first; each layer when attention asks for it; the
-next layer touched while one computes; documents prefetched from when a retriever would name them, a given
+Three ways take turns: all layers of all documents loaded first; each layer when attention asks for it, the
+next one on its way meanwhile; documents prefetched from when a retriever would name them, a given
 time before the question is read. All of them verify every byte. The model is random, and so are the rows.
 
     python benchmarks/prefetch.py
@@ -22,14 +22,14 @@ from statistics import median
 import torch
 from ttft import SMOKE, Shape, build, drop_pages
 
-from kvrag.attention import Fixed, Tables
+from kvrag.attention import Fixed
 from kvrag.fresh import FreshRows
 from kvrag.model import Model, quiet
 from kvrag.prefill import read
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
-from kvrag.store.prefetch import Prefetch, ReadAhead
+from kvrag.store.prefetch import Prefetch
 
 
 class Bench:
@@ -69,14 +69,12 @@ class Ways:
     def __init__(self, bench: Bench, head_start: float, threads: int) -> None:
         self._bench, self._head_start, self._threads = bench, head_start, threads
 
-    def _question(self, kvs: list[KV], prefetch: Prefetch | None = None) -> None:
+    def _question(self, kvs: list[KV]) -> None:
         bench, segments, at = self._bench, [], 0
         for number, kv in enumerate(kvs):
             segments.append(Segment(kv, at, document=number))
             at += kv.num_tokens
-        tables: Tables = Fixed(SegmentTable(tuple(segments)))
-        if prefetch is not None:
-            tables = ReadAhead(tables, prefetch)
+        tables = Fixed(SegmentTable(tuple(segments)))
         positions = range(bench.end, bench.end + len(bench.question))
         read(bench.model, tables, bench.question, positions, FreshRows(bench.model.num_layers))
 
@@ -93,15 +91,6 @@ class Ways:
         store = DiskStore(self._bench.folder)
         self._question([store.get(key, by_layer=True) for key in self._bench.keys])
         return time.perf_counter() - start
-
-    def next_layer(self) -> float:
-        """The same, with the next layer read in the background."""
-        start = time.perf_counter()
-        store = Prefetch(DiskStore(self._bench.folder), threads=self._threads)
-        self._question([store.get(key, by_layer=True) for key in self._bench.keys], store)
-        end = time.perf_counter()
-        store.close()
-        return end - start
 
     def prefetched(self) -> float:
         """The same, without the head start's own time."""
@@ -121,7 +110,6 @@ def measure(bench: Bench, ways: Ways, repeat: int, *, cold: bool) -> dict[str, f
     runs: dict[str, Callable[[], float]] = {
         "at_once": ways.at_once,
         "when_touched": ways.when_touched,
-        "next_layer": ways.next_layer,
         "prefetched": ways.prefetched,
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -175,7 +163,7 @@ def main() -> None:
             "repeat": args.repeat,
         }
     print(json.dumps(made))
-    for name in ("at_once", "when_touched", "next_layer", "prefetched"):
+    for name in ("at_once", "when_touched", "prefetched"):
         print(f"{name:14}{found[name] * 1e3:9.0f} ms   least {found[f'{name}_least'] * 1e3:7.0f} ms")
     if args.json:
         args.json.write_text(json.dumps({"conditions": made, "seconds": found}, indent=1) + "\n")

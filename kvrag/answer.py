@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kvrag.citations import Span
 from kvrag.focus.risk import Risk
 from kvrag.plan import PromptPlan
+from kvrag.trace import Trace
 
 FinishReason = Literal["stop", "length"]
 
@@ -100,6 +101,7 @@ class Answer:
         policy: name of the policy.
         risk: signs that full attention might have answered otherwise.
         in_full: the documents were read in full because the risk was above the policy's limit.
+        trace: where the documents' rows came from, and why from there.
     """
 
     text: str
@@ -112,3 +114,4 @@ class Answer:
     policy: str = "plain"
     risk: Risk | None = None
     in_full: bool = False
+    trace: Trace = field(default_factory=Trace)

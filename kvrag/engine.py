@@ -10,7 +10,8 @@ import torch
 
 from kvrag.answer import Answer
 from kvrag.caches import Caches
-from kvrag.config import Sampling, store_key
+from kvrag.config import Sampling
+from kvrag.costs import CostTable
 from kvrag.errors import (
     DocumentTooLong,
     EmptyDocument,
@@ -19,14 +20,16 @@ from kvrag.errors import (
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.matching import ChunkMatcher
+from kvrag.metrics import Snapshot
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.store.base import KVStore
-from kvrag.store.disk import DiskStore
-from kvrag.store.key import Fingerprint
+from kvrag.store.found import counts_of
+from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.tenants import Tenant
+from kvrag.stores import Ahead, open_store
 from kvrag.text import Message, joined_tokens
 from kvrag.worker import Stream, Worker
 
@@ -91,6 +94,11 @@ class Engine:
         codec: str = "raw",
         tenant: Tenant | None = None,
         token_budget: int = 2048,
+        recompute: str = "auto",
+        costs: CostTable | None = None,
+        memory_bytes: int | None = None,
+        objects: str | None = None,
+        budget_bytes: int | None = None,
     ) -> None:
         """Serve a loaded model.
 
@@ -101,14 +109,34 @@ class Engine:
             codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md).
             tenant: whose texts these are: nobody else can find their entries; None: a name space for all.
             token_budget: most tokens per forward pass while encoding documents, padding included.
+            recompute: read documents anew that the store has: "auto" where that is faster, "never", "always".
+            costs: what loading and reading take; None: measured when it matters, and kept beside the store.
+            memory_bytes: of a tier in memory in front of the store: on the model's device, which is what pays
+                on a GPU; on a CPU it holds what comes from `objects` where there is no folder.
+            objects: URL of a bucket behind the store, such as "s3://bucket/prefix".
+            budget_bytes: what the entries of a store that is given as a folder may take.
 
         Raises:
-            ConfigError: no policy, or no codec, has this name.
+            ConfigError: no policy, or no codec, has this name, or tiers that cannot be.
         """
         self.model = model
         self.policy = preset(policy) if isinstance(policy, str) else policy
-        self.store = DiskStore(store, key=store_key()) if isinstance(store, (str, Path)) else store
-        self._caches = Caches(model, self.store, codec=codec, tenant=tenant, token_budget=token_budget)
+        self.store = open_store(
+            store,
+            memory_bytes=memory_bytes,
+            objects=objects,
+            budget_bytes=budget_bytes,
+            device=model.device,
+        )
+        self._caches = Caches(
+            model,
+            self.store,
+            codec=codec,
+            tenant=tenant,
+            token_budget=token_budget,
+            recompute=recompute,
+            costs=costs,
+        )
         self.codec = codec
         self.tenant = tenant
         self._worker = Worker(f"kvrag {model.name}")
@@ -126,16 +154,33 @@ class Engine:
         codec: str = "raw",
         tenant: Tenant | None = None,
         token_budget: int = 2048,
+        recompute: str = "auto",
+        costs: CostTable | None = None,
+        memory_bytes: int | None = None,
+        objects: str | None = None,
+        budget_bytes: int | None = None,
         **options: Any,
     ) -> Engine:
-        """Load a transformers decoder and its tokenizer; see `Model.load` for arguments.
+        """Load a transformers decoder and its tokenizer; see `Model.load` and the class for arguments.
 
         Raises:
             ConfigError: no such model here, damaged files, or an impossible device, dtype or length.
             UnsupportedModel: unknown architecture, or one that cannot be re-positioned exactly.
         """
         loaded = Model.load(model, device=device, dtype=dtype, max_length=max_length, **options)
-        return cls(loaded, store, policy=policy, codec=codec, tenant=tenant, token_budget=token_budget)
+        return cls(
+            loaded,
+            store,
+            policy=policy,
+            codec=codec,
+            tenant=tenant,
+            token_budget=token_budget,
+            recompute=recompute,
+            costs=costs,
+            memory_bytes=memory_bytes,
+            objects=objects,
+            budget_bytes=budget_bytes,
+        )
 
     def answer(
         self,
@@ -193,13 +238,15 @@ class Engine:
         contexts: Mapping[str, Sequence[str]] | None = None,
         sources: Mapping[str, str] | None = None,
         is_rendered: bool = True,
+        ahead: Ahead | None = None,
     ) -> AnswerStream:
         """Answer a prompt that a chat template has already written (no BOS is added to it).
 
         `contexts` gives for chunks by name the pieces of text that they are encoded behind, beside the prefix
         (see `RagPrompt.before`); chunks that it does not name are encoded behind the prefix alone. `sources`
         gives for chunks by name what they are chunks of, for a policy that keeps chunks of one source
-        together; a chunk without is a source of its own.
+        together; a chunk without is a source of its own. `ahead` is what `prefetch` gave for this answer: it
+        ends with it.
         """
         if isinstance(chunks, str):
             raise InputError("chunks is one text; expected a list of texts, or texts by name")
@@ -217,8 +264,63 @@ class Engine:
             policy or self.policy,
             contexts or {},
             sources or {},
+            ahead,
         )
         return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
+
+    def prefetch(
+        self,
+        texts: Sequence[str | EntryKey] | Mapping[str, str],
+        *,
+        prefix: str = "",
+        contexts: Mapping[str, Sequence[str]] | None = None,
+        policy: Policy | None = None,
+        is_rendered: bool = True,
+    ) -> Ahead:
+        """Begin to load documents that an answer will need, as soon as a retriever has named them.
+
+        Documents that are in memory, or would be read anew because that is faster, are left alone. For a
+        policy that prunes, the layers that all documents are read in are loaded; others come as they are needed.
+
+        Args:
+            texts: of the chunks, by name if there are `contexts`; or keys of entries.
+            prefix: see `answer`.
+            contexts: see `stream_rendered`.
+            policy: that the answer will have; None: the engine's.
+            is_rendered: the prompt will come out of a chat template.
+
+        Returns:
+            What ends it: give it to `stream_rendered`, or close it when the answer is there. Letting go of it
+            ends it, too.
+        """
+        named = texts if isinstance(texts, Mapping) else dict(enumerate(texts))
+        pruning = (policy or self.policy).pruning
+        num_layers = None if pruning is None else pruning.first(self.model.num_layers)
+        keys = [text for text in named.values() if isinstance(text, EntryKey)]
+        tokenize, before = self.model.text.tokenize, contexts or {}
+        pairs = [
+            (tokenize(text.strip()), joined_tokens(self.model.text, before.get(str(name), ())))
+            for name, text in named.items()
+            if isinstance(text, str) and text.strip() and self.store is not None
+        ]
+        behind = tokenize(prefix, first=not is_rendered)
+        return Ahead(
+            self._caches.prefetch(behind, [t for t, _ in pairs], [c for _, c in pairs], num_layers),
+            self._caches.prefetch_entries(keys, num_layers),
+        )
+
+    def measure(self) -> CostTable:
+        """Find out how fast disk, link and model are here, and keep it beside the store; see `CostTable`."""
+        return self.call(self._caches.speeds.measure)
+
+    @property
+    def costs(self) -> CostTable:
+        """What is known of speeds now."""
+        return self._caches.speeds.table
+
+    def metrics(self) -> Snapshot:
+        """What has been counted since the engine was made; see `kvrag.metrics` for Prometheus."""
+        return self._caches.metrics.snapshot(counts_of(self._caches.reads))
 
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
         """What a corpus needs to build caches for prompts of one form."""
@@ -242,8 +344,7 @@ class Engine:
     def close(self) -> None:
         """Cancel running answers and let go of the store's files."""
         self._worker.close()
-        if self.store is not None:
-            self.store.close()
+        self._caches.close()
 
     def __enter__(self) -> Engine:
         """Close on exit."""

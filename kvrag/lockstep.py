@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -244,11 +245,14 @@ class Lockstep:
         missing = list({item.key.id: item for item in items if item.key not in self._store}.values())
         for some in _read_in_one_go(missing, self.batch_size):
             tokens, contexts = [item.key.tokens for item in some], [item.context for item in some]
+            start = time.perf_counter()
             if any(contexts):
                 rows = self._contexts.require_encoder().encode_behind(tokens, contexts)
             else:
                 rows = self._encoder.encode(tokens)
-            put_many(self._store, [(item.key, kv) for item, kv in zip(some, rows, strict=True)])
+            share = (time.perf_counter() - start) / max(1, sum(map(len, tokens)))
+            entries = [(item.key, kv) for item, kv in zip(some, rows, strict=True)]
+            put_many(self._store, entries, cost_seconds=[share * len(text) for text in tokens])
         return len(missing)
 
     def relabel(self, items: Sequence[Item]) -> int:

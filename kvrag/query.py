@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from kvrag.answer import Answer, DocumentUse, Timing, Usage
 from kvrag.attention import Looking
@@ -40,6 +41,7 @@ class Request:
         contexts: for chunks by name, pieces of text that they are encoded behind beside the prefix, each
             tokenised on its own.
         sources: for chunks by name, what they are chunks of; for a policy that keeps chunks `together`.
+        ahead: what is read ahead for it; closed when the answer is complete or cancelled.
     """
 
     prompt: str
@@ -50,9 +52,30 @@ class Request:
     policy: Policy = PLAIN
     contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    ahead: Closes | None = None
+
+
+class Closes(Protocol):
+    """What ends with the answer."""
+
+    def close(self) -> None:
+        """End it."""
+        ...
 
 
 def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
+    """The answer, counted; what was read ahead for it ends with it. See `_answer`."""
+    outcome = "cancelled"
+    try:
+        yield from _answer(caches, request)
+        outcome = "answers"
+    finally:
+        caches.metrics.add(outcome)
+        if request.ahead is not None:
+            request.ahead.close()
+
+
+def _answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     """Pieces of text as they become certain, then the finished answer.
 
     Raises:
@@ -93,6 +116,7 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
         yield rest
     ended_early = decoding.stopped or _is_end(model, tokens[-1], sampling)
     uses = _uses(model, planned, loaded, looked, attention, behind)
+    caches.settle(loaded)
     yield Answer(
         decoding.text,
         tuple(tokens),
@@ -104,17 +128,18 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
         policy.name,
         looked.risk,
         looked.in_full,
+        caches.trace([span.key for span in planned.cached], loaded, planned.num_tokens),
     )
 
 
 def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) -> tuple[list[Loaded], Look]:
     """Load the documents and read the question.
 
-    Where layers are loaded as they are needed, damage shows in the middle of reading: the entry is set aside
+    Layers are loaded as they are needed, so damage shows in the middle of reading: the entry is set aside
     then, and the next try reads its document anew.
     """
     policy = request.policy
-    tries_by_layer = 1 + len(planned.cached) if policy.pruning is not None else 0
+    tries_by_layer = 1 + len(planned.cached)
     behind = prefix_tokens(caches.model, request)
     texts = [span.tokens for span in planned.cached]
     while True:

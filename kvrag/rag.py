@@ -69,6 +69,7 @@ class Reply:
             "policy": self.answer.policy,
             "risk": self._risk(),
             "in_full": self.answer.in_full,
+            "trace": self.answer.trace.as_dict(),
             "usage": asdict(self.answer.usage),
             "seconds": asdict(self.answer.timing),
         }
@@ -148,15 +149,21 @@ def ask(
     hits = corpus.search(question, k)
     form = form or RagPrompt.of(engine.model.text)
     contexts = corpus.contexts([hit.id for hit in hits])
+    before = {name: form.before(texts) for name, texts in contexts.items()}
+    chunks = {hit.id: hit.text for hit in hits}
+    ahead = engine.prefetch(
+        chunks, prefix=form.prefix, contexts=before, policy=policy, is_rendered=form.is_rendered
+    )
     stream = engine.stream_rendered(
         form.render([hit.text for hit in hits], question),
-        {hit.id: hit.text for hit in hits},
+        chunks,
         prefix=form.prefix,
         sampling=sampling,
         policy=policy,
-        contexts={name: form.before(texts) for name, texts in contexts.items()},
+        contexts=before,
         sources={hit.id: str(source) for hit in hits if (source := hit.metadata.get("source"))},
         is_rendered=form.is_rendered,
+        ahead=ahead,
     )
     return Asked(question, hits, stream)
 

@@ -71,6 +71,11 @@ class LazyLayers(Sequence[LayerKV]):
     def num_bytes_touched(self) -> int:
         """Bytes of the layers that were touched so far, by anybody who holds them."""
 
+    @property
+    def seconds_touched(self) -> float:
+        """Seconds that reading and proving the touched layers took, by whichever threads."""
+        return 0.0
+
     @abstractmethod
     def head(self, num_tokens: int) -> LazyLayers:
         """The first rows of every layer; touches none."""
@@ -102,6 +107,11 @@ class KV:
     def num_bytes_touched(self) -> int:
         """Bytes of the layers that were read so far: all of them, unless they are read when touched."""
         return self.layers.num_bytes_touched if isinstance(self.layers, LazyLayers) else self.num_bytes
+
+    @property
+    def seconds_touched(self) -> float:
+        """Seconds that reading layers has taken since they were handed out; 0 if all were there."""
+        return self.layers.seconds_touched if isinstance(self.layers, LazyLayers) else 0.0
 
     @property
     def device(self) -> torch.device:

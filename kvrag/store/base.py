@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -243,3 +243,15 @@ def check_times(cost_seconds: float, ttl_seconds: float | None) -> None:
         raise ConfigError(
             f"ttl_seconds={ttl_seconds}: expected a number of seconds above 0, or None for no end"
         )
+
+
+def costs_of(entries: Sequence[object], cost_seconds: float | Sequence[float]) -> list[float]:
+    """Costs of entries that are put together: one number for each of them, or the same for all.
+
+    Raises:
+        ConfigError: not as many numbers as entries.
+    """
+    costs = [cost_seconds] * len(entries) if isinstance(cost_seconds, (int, float)) else list(cost_seconds)
+    if len(costs) != len(entries):
+        raise ConfigError(f"cost_seconds has {len(costs)} numbers for {len(entries)} entries")
+    return costs

@@ -11,7 +11,16 @@ from typing import Literal
 from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.segments import KV
 from kvrag.store import layout
-from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, SweepReport, check_rows, check_times
+from kvrag.store.base import (
+    CheckReport,
+    EntryInfo,
+    Receipt,
+    StoreStats,
+    SweepReport,
+    check_rows,
+    check_times,
+    costs_of,
+)
 from kvrag.store.clock import StoreClock
 from kvrag.store.codec import codec_named
 from kvrag.store.counts import Counts
@@ -19,6 +28,7 @@ from kvrag.store.eviction import eviction_named
 from kvrag.store.files import write_error
 from kvrag.store.filters import Filters
 from kvrag.store.folder import EntryFolder, is_id
+from kvrag.store.found import Found, Place
 from kvrag.store.hits import Hits
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged, Manifest
@@ -114,9 +124,17 @@ class DiskStore:
         Raises:
             CacheMiss: absent or expired, or damaged or foreign and then moved to `quarantine/` and counted.
         """
-        kv = self._loader.get(key, by_layer=by_layer)
+        return self.find(key, by_layer=by_layer).kv
+
+    def find(self, key: EntryKey, *, by_layer: bool = False) -> Found:
+        """The same as `get`, and whether the rows were verified and mapped before; see `Finds`."""
+        found = self._loader.find(key, by_layer=by_layer)
         self._hits.count(key.id)
-        return kv
+        return found
+
+    def locate(self, key: EntryKey) -> Place | None:
+        """Where the entry would be taken from; see `Locates`."""
+        return self._loader.locate(key.id)
 
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
@@ -137,7 +155,7 @@ class DiskStore:
         self,
         entries: Sequence[tuple[EntryKey, KV]],
         *,
-        cost_seconds: float = 0.0,
+        cost_seconds: float | Sequence[float] = 0.0,
         ttl_seconds: float | None = None,
     ) -> None:
         """Write the rows of many texts so that a crash after the return loses none of them.
@@ -148,21 +166,24 @@ class DiskStore:
 
         Args:
             entries: keys and their rows; a key that comes twice is written once.
-            cost_seconds: see `KVStore.put`; of each.
+            cost_seconds: see `KVStore.put`; of each, or one for each.
             ttl_seconds: see `KVStore.put`; of each.
 
         Raises:
             ConfigError: the rows are not of their key, or a time is none; nothing was written.
             StoreWriteError: some were not written; the message says what to do.
         """
-        check_times(cost_seconds, ttl_seconds)
-        for key, kv in entries:
+        costs = costs_of(entries, cost_seconds)
+        for (key, kv), cost in zip(entries, costs, strict=True):
+            check_times(cost, ttl_seconds)
             check_rows(key, kv)
             if not layout.is_storable(key.fingerprint.dtype):
                 raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
             codec_named(key.fingerprint.codec)  # refuses unknown names
         with self._writing():
-            self._writer.put(entries, cost_seconds, ttl_seconds)
+            self._writer.put(
+                entries, {key.id: cost for (key, _), cost in zip(entries, costs, strict=True)}, ttl_seconds
+            )
 
     def put_bytes(self, key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if there is one of this id already.
@@ -312,6 +333,11 @@ class DiskStore:
         """
         with self._writing():
             return self._upkeep.check(fix=fix, grace_seconds=grace_seconds)
+
+    def counts(self) -> dict[str, int]:
+        """What has happened since this was opened; see `Counting`."""
+        names = ("damaged", "write_failures", "evictions", "evicted_bytes", "expired")
+        return {name: self._counts[name] for name in names}
 
     def rebuild(self) -> int:
         """Build the index from the files, at any time; the number of entries. Counts of loads are lost.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from kvrag.segments import LayerKV, LazyLayers
+from kvrag.store.together import soon
 
 
 class MappedLayers(LazyLayers):
@@ -25,7 +28,7 @@ class MappedLayers(LazyLayers):
         sizes: Sequence[int],
         load: Callable[[int], LayerKV],
         finish: Callable[[], None],
-        read_soon: Callable[[int], None],
+        read_soon: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._num_tokens = num_tokens
         self._sizes = sizes
@@ -35,7 +38,10 @@ class MappedLayers(LazyLayers):
         self._layers: list[LayerKV | None] = [None] * len(sizes)
         self._num_bytes = sum(sizes)
         self._num_bytes_touched = 0
+        self._seconds_touched = 0.0
+        self._locks = [threading.Lock() for _ in sizes]
         self._lock = threading.Lock()
+        self._left = len(sizes)
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -45,14 +51,23 @@ class MappedLayers(LazyLayers):
         """One layer, proven; see `LazyLayers.touch`."""
         found = self._layers[number]
         if found is None:
-            with self._lock:  # a layer is counted once: whoever waits here finds it proven
+            with self._locks[number]:  # a layer is counted once: whoever waits here finds it proven
                 found = self._layers[number]
                 if found is None:
-                    found = self._layers[number] = self._load(number)
-                    self._num_bytes_touched += self._sizes[number]
-                    if all(layer is not None for layer in self._layers):
-                        self._finish()
+                    start = time.perf_counter()
+                    found = self._load(number)
+                    self._take(number, found, time.perf_counter() - start)
         return found
+
+    def _take(self, number: int, layer: LayerKV, seconds: float) -> None:
+        with self._lock:
+            self._layers[number] = layer
+            self._seconds_touched += seconds
+            self._num_bytes_touched += self._sizes[number]
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._finish()
 
     def read_soon(self, number: int) -> None:
         """Start reading a layer that nobody has touched yet."""
@@ -69,9 +84,51 @@ class MappedLayers(LazyLayers):
         """Bytes of the layers proven so far."""
         return self._num_bytes_touched
 
+    @property
+    def seconds_touched(self) -> float:
+        """Seconds that proving them took."""
+        return self._seconds_touched
+
     def head(self, num_tokens: int) -> LazyLayers:
         """The first rows of every layer; touching one of them proves the layer as a whole."""
         return FirstRows(self, self._num_tokens, num_tokens)
+
+
+class FetchedLayers(MappedLayers):
+    """Layers from afar, several of them under way at once while the reader is at those before.
+
+    Args:
+        num_tokens: rows of every layer.
+        sizes: bytes of each layer's rows.
+        load: gives one layer, see `MappedLayers`; called by several threads, for different layers.
+        ahead: how many layers are fetched from the one on that will be touched soon.
+    """
+
+    def __init__(
+        self, num_tokens: int, sizes: Sequence[int], load: Callable[[int], LayerKV], *, ahead: int
+    ) -> None:
+        super().__init__(num_tokens, sizes, load, lambda: None, self._fetch)
+        self._ahead = ahead
+        self._begun: set[int] = set()
+
+    def read_soon(self, number: int) -> None:
+        """Fetch a layer and the next ones in the background."""
+        for layer in range(number, min(number + self._ahead, len(self))):
+            super().read_soon(layer)
+
+    def _fetch(self, number: int) -> None:
+        with self._lock:
+            if number in self._begun:
+                return
+            self._begun.add(number)
+        itself = weakref.ref(self)  # what nobody holds any more is not fetched
+
+        def touch() -> None:
+            layers = itself()
+            if layers is not None:
+                layers.touch(number)  # what fails here fails again where it is needed
+
+        soon(touch)
 
 
 class FirstRows(LazyLayers):
@@ -115,6 +172,11 @@ class FirstRows(LazyLayers):
     def num_bytes_touched(self) -> int:
         """Bytes of the first rows of the layers proven so far."""
         return self._share(self._layers.num_bytes_touched)
+
+    @property
+    def seconds_touched(self) -> float:
+        """Those of the whole layers."""
+        return self._layers.seconds_touched
 
     def head(self, num_tokens: int) -> LazyLayers:
         """Fewer of the first rows."""

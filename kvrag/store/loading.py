@@ -16,6 +16,7 @@ from kvrag.store.clock import StoreClock
 from kvrag.store.counts import Counts
 from kvrag.store.direct import DirectReads
 from kvrag.store.folder import EntryFolder
+from kvrag.store.found import MAPPED, Found, Place, at_hand, is_complete
 from kvrag.store.kept import KeptEntries, Signature
 from kvrag.store.key import EntryKey, token_bytes
 from kvrag.store.layout import Damaged, Manifest
@@ -30,6 +31,9 @@ _MAX_READS = 3
 class Loader:
     """Reads entries by their files alone: neither lock nor index is asked.
 
+    Attributes:
+        name: what the place is called, see `Place.tier`.
+
     Args:
         folder: the entries' files.
         ledger: moves what is damaged aside.
@@ -39,6 +43,8 @@ class Loader:
         keep_bytes: of verified files that stay mapped.
         direct: read whole entries past the page cache, where the file system can.
     """
+
+    name = "disk"
 
     def __init__(
         self,
@@ -61,8 +67,8 @@ class Loader:
         self._signature = folder.signature
         self._lost: dict[str, Signature] = {}
 
-    def get(self, key: EntryKey, *, by_layer: bool) -> KV:
-        """The entry's rows; see `DiskStore.get`.
+    def find(self, key: EntryKey, *, by_layer: bool) -> Found:
+        """The entry's rows, and whether they were mapped before; see `DiskStore.get`.
 
         Raises:
             CacheMiss: absent, expired, damaged or foreign.
@@ -74,9 +80,9 @@ class Loader:
             try:
                 kept = self.kept.get(key.id, signature)
                 if kept is None or (isinstance(kept.kv.layers, LazyLayers) and not by_layer):
-                    kv = self._load(key, signature, by_layer=by_layer)
+                    found = Found(self._load(key, signature, by_layer=by_layer), self.name)
                 else:
-                    kv = kept.kv
+                    found = at_hand(kept.kv, MAPPED if is_complete(kept.kv) else self.name)
                     if kept.expires is not None and kept.expires <= self._clock.now():
                         raise self._expired(key.id)
             except Damaged as damage:
@@ -84,8 +90,18 @@ class Loader:
                     continue  # it was being replaced while we read it
                 self.set_aside(key.id, str(damage), signature)
                 break
-            return kv
+            return found
         raise self._miss(key.id)
+
+    def locate(self, key_id: str) -> Place | None:
+        """Where an entry would be taken from, by the names and sizes of its files; None: it has none."""
+        signature = self._signature(key_id)
+        if signature is None or self._lost.get(key_id) == signature:
+            return None
+        num_bytes = sum(size for _, size, _ in signature)
+        kept = self.kept.get(key_id, signature)
+        is_mapped = kept is not None and is_complete(kept.kv)
+        return Place(MAPPED if is_mapped else self.name, num_bytes, is_at_hand=is_mapped)
 
     def is_intact(self, key: EntryKey) -> bool:
         """Whether every byte of an entry is what it was, whatever its time to live."""

@@ -15,12 +15,15 @@ from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.segments import KV, LayerKV
 from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, check_rows, check_times
 from kvrag.store.eviction import eviction_named
+from kvrag.store.found import Place
 from kvrag.store.held import Held, HeldEntries
 from kvrag.store.key import EntryKey
 
 
 class MemoryStore:
     """Keeps rows in this process; for tests, trials and texts that need not outlive it."""
+
+    name = "memory"
 
     def __init__(self) -> None:
         self._entries: dict[str, KV] = {}
@@ -40,6 +43,10 @@ class MemoryStore:
                 raise CacheMiss(f"no entry {key.id[:12]} in memory")
             self._hits += 1
             return kv
+
+    def locate(self, key: EntryKey) -> Place | None:
+        """Where the entry is; see `Locates`."""
+        return Place(self.name, is_at_hand=True) if key in self else None
 
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
@@ -151,6 +158,10 @@ class MemoryTier:
             self._held.use(key.id, is_hit=True)
             return held.kv
 
+    def locate(self, key: EntryKey) -> Place | None:
+        """Where the entry is; see `Locates`."""
+        return Place(self.name, is_at_hand=True) if key in self else None
+
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
     ) -> None:
@@ -248,6 +259,15 @@ class MemoryTier:
                 evictions=self._held.evictions,
                 evicted_bytes=self._held.evicted_bytes,
             )
+
+    def counts(self) -> dict[str, int]:
+        """What has happened since this was made; see `Counting`."""
+        with self._lock:
+            return {
+                "write_failures": self._counts["write_failures"],
+                "evictions": self._held.evictions,
+                "evicted_bytes": self._held.evicted_bytes,
+            }
 
     def check(self, *, fix: bool = False) -> CheckReport:
         """Nothing can be wrong here."""

@@ -1,4 +1,7 @@
-"""Reading before it is asked for: documents while a prompt is being planned, layer l + 1 while l computes."""
+"""Reading before it is asked for: documents from when a retriever names them.
+
+The next layer of what is being read is the layers' own matter (`LazyLayers.read_soon`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol
 
 from kvrag.errors import CacheMiss, ConfigError
-from kvrag.segments import KV, LazyLayers, SegmentTable
+from kvrag.segments import KV, LazyLayers
 from kvrag.store.base import CheckReport, KVStore, Receipt, StoreStats
+from kvrag.store.counts import Counts
+from kvrag.store.found import Found, Place, counts_of, find, locate
 from kvrag.store.key import EntryKey
 from kvrag.store.traffic import Traffic
 
@@ -27,7 +32,7 @@ class _Document:
 
     Attributes:
         key: of the entry.
-        kv: its rows, once it was opened.
+        found: its rows, once it was opened.
         error: what came instead of them.
         opened: set when there is one of both, or nobody wants it any more.
         wanted: for each request that wants it, how many layers.
@@ -38,7 +43,7 @@ class _Document:
 
     def __init__(self, key: EntryKey) -> None:
         self.key = key
-        self.kv: KV | None = None
+        self.found: Found | None = None
         self.error: Exception | None = None
         self.opened = threading.Event()
         self.wanted: dict[Fetch, int] = {}
@@ -49,7 +54,7 @@ class _Document:
     @property
     def lazy(self) -> LazyLayers | None:
         """Its layers, if there are any to be read."""
-        layers = None if self.kv is None else self.kv.layers
+        layers = None if self.found is None else self.found.kv.layers
         return layers if isinstance(layers, LazyLayers) else None
 
     @property
@@ -96,12 +101,12 @@ class Prefetch:
         self._traffic = traffic or Traffic()
         self._documents: dict[str, _Document] = {}
         self._queue: list[tuple[int, int, _Document]] = []
-        self._ahead: list[tuple[int, LazyLayers]] = []
         self._tickets = itertools.count()
         self._num_bytes = 0
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closed = False
+        self._counts = Counts()
 
     # --- reading ahead ---
 
@@ -123,6 +128,7 @@ class Prefetch:
                     if len(self._documents) >= self._max_documents or self._closed:
                         continue
                     document = self._documents[key.id] = _Document(key)
+                    self._counts.add("prefetch_started")
                     self._push(_OPENING, document)
                 elif document.lazy is not None and not document.is_active:
                     self._push(document.next_layer, document)  # it had been read as far as was wanted
@@ -130,43 +136,49 @@ class Prefetch:
             self._wake()
         return fetch
 
-    def ahead(self, texts: Sequence[KV], layer: int) -> None:
-        """Read one layer of texts at hand, before anything else that is in the queue; returns at once."""
-        lazy = [
-            kv.layers for kv in texts if isinstance(kv.layers, LazyLayers) and 0 <= layer < len(kv.layers)
-        ]
-        if not lazy:
-            return
-        with self._changed:
-            if not self._closed:
-                # Those of layers before are too late.
-                self._ahead = [(layer, layers) for layers in lazy]
-                self._wake()
-
     # --- the store ---
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
-        """Hand over what was read ahead, or read it; see `KVStore.get`.
+        """Hand over what was read ahead, or read it; see `find` and `KVStore.get`."""
+        return self.find(key, by_layer=by_layer).kv
+
+    def find(self, key: EntryKey, *, by_layer: bool = False) -> Found:
+        """The same, and where it came from.
 
         Raises:
             CacheMiss: the store has no usable entry, or reading ahead failed in another way.
         """
         with self._traffic.reading():
             document = self._documents.get(key.id)
-            if document is None or document.key != key:
-                return self.store.get(key, by_layer=by_layer)
+            if document is None or document.key != key or self._is_gone(document):
+                return find(self.store, key, by_layer=by_layer)
             self._hurry(document)
             document.opened.wait()
-            if document.kv is None and document.error is None:
-                return self.store.get(key, by_layer=by_layer)
-            if document.kv is None:
+            found = document.found
+            if found is None and document.error is None:
+                return find(self.store, key, by_layer=by_layer)
+            if found is None:
                 self._forget(document)
                 if isinstance(document.error, CacheMiss):
                     raise document.error
                 raise CacheMiss(f"entry {key.id[:12]} could not be read ahead") from document.error
-            if by_layer or not isinstance(document.kv.layers, LazyLayers):
-                return document.kv
-            return KV(key.tokens, tuple(document.kv.layers))
+            self._counts.add("prefetch_used")
+            found = replace(found, is_prefetched=True)
+            if by_layer or not isinstance(found.kv.layers, LazyLayers):
+                return found
+            return replace(found, kv=KV(key.tokens, tuple(found.kv.layers)))
+
+    def locate(self, key: EntryKey) -> Place | None:
+        """Where the entry would be taken from; at hand if it is being read ahead."""
+        place = locate(self.store, key)
+        document = self._documents.get(key.id)
+        is_ahead = document is not None and document.error is None
+        return replace(place, is_at_hand=True) if place is not None and is_ahead else place
+
+    def counts(self) -> dict[str, int]:
+        """What the store counts, and documents read ahead: begun, handed over, given up before."""
+        names = ("prefetch_started", "prefetch_used", "prefetch_cancelled")
+        return counts_of(self.store) | {name: self._counts[name] for name in names}
 
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
@@ -204,7 +216,6 @@ class Prefetch:
             self._closed = True
             documents = list(self._documents.values())
             self._queue.clear()
-            self._ahead.clear()
             self._changed.notify_all()
         for document in documents:
             self._forget(document)
@@ -219,7 +230,7 @@ class Prefetch:
         heapq.heappush(self._queue, (layer, next(self._tickets), document))
 
     def _wake(self) -> None:
-        while len(self._threads) < self._num_threads and (self._queue or self._ahead):
+        while len(self._threads) < self._num_threads and self._queue:
             name = f"kvrag-prefetch-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)
@@ -238,27 +249,22 @@ class Prefetch:
 
     def _run(self) -> None:
         while self._wait():
-            if not self._ahead:
-                # Before a task is taken: who waits for a document that nobody is at takes it over.
-                self._traffic.give_way(_PATIENCE)
-            layer, what = self._take()
-            if isinstance(what, _Document):
-                self._open(what) if layer == _OPENING else self._read(what, layer)
-            elif what is not None:
-                self._touch(what, layer)
+            # Before a task is taken: who waits for a document that nobody is at takes it over.
+            self._traffic.give_way(_PATIENCE)
+            layer, document = self._take()
+            if document is not None:
+                self._open(document) if layer == _OPENING else self._read(document, layer)
 
     def _wait(self) -> bool:
         """Wait for something to do; False when this is closed."""
         with self._changed:
-            while not (self._closed or self._ahead or (self._queue and self._num_bytes < self._max_bytes)):
+            while not (self._closed or (self._queue and self._num_bytes < self._max_bytes)):
                 self._changed.wait()
             return not self._closed
 
-    def _take(self) -> tuple[int, _Document | LazyLayers | None]:
+    def _take(self) -> tuple[int, _Document | None]:
         """The next task, if another thread has not taken it meanwhile: a layer, and what to read it of."""
         with self._changed:
-            if self._ahead:
-                return self._ahead.pop(0)
             if self._queue and self._num_bytes < self._max_bytes:
                 layer, _, document = heapq.heappop(self._queue)
                 return layer, document
@@ -267,7 +273,7 @@ class Prefetch:
     def _open(self, document: _Document) -> None:
         try:
             if document.wanted:
-                document.kv = self.store.get(document.key, by_layer=True)
+                document.found = find(self.store, document.key, by_layer=True)
         except Exception as error:
             document.error = error
             if not isinstance(error, CacheMiss):
@@ -311,6 +317,13 @@ class Prefetch:
 
     # --- not needed any more ---
 
+    def _is_gone(self, document: _Document) -> bool:
+        """Whether somebody has deleted it in the store itself meanwhile; then it is not handed over."""
+        if document.found is None or locate(self.store, document.key) is not None:
+            return False
+        self._forget(document)
+        return True
+
     def _forget(self, document: _Document | None) -> None:
         """Read no more of a document, whoever wants it."""
         if document is None:
@@ -324,6 +337,9 @@ class Prefetch:
     def _release(self, document: _Document, fetch: Fetch) -> None:
         document.wanted.pop(fetch, None)
         if not document.wanted:
+            layers = document.lazy
+            if document.error is None and (layers is None or document.next_layer < len(layers)):
+                self._counts.add("prefetch_cancelled")
             self._num_bytes -= document.num_bytes
             document.num_bytes = 0
             if self._documents.get(document.key.id) is document:
@@ -370,33 +386,3 @@ class Fetch:
     ) -> None:
         """Close it."""
         self.close()
-
-
-class _Tables(Protocol):
-    """Those of `kvrag.attention`, which lies above this room."""
-
-    def at(self, layer: int) -> SegmentTable: ...
-
-    def note(self, layer: int, mass: Any, focus: Any) -> None: ...
-
-
-class ReadAhead:
-    """Tables of a reading that, asked for layer l, have layer l + 1 read in the background.
-
-    Args:
-        tables: what each layer reads.
-        prefetch: what reads.
-    """
-
-    def __init__(self, tables: _Tables, prefetch: Prefetch) -> None:
-        self._tables, self._prefetch = tables, prefetch
-
-    def at(self, layer: int) -> SegmentTable:
-        """What layer `layer` reads; the documents that are read by the next one are touched there."""
-        table = self._tables.at(layer)
-        self._prefetch.ahead([s.kv for s in table if s.is_read_by(layer + 1)], layer + 1)
-        return table
-
-    def note(self, layer: int, mass: Any, focus: Any) -> None:
-        """Hand on what the layer looked at."""
-        self._tables.note(layer, mass, focus)

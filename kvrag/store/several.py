@@ -9,12 +9,13 @@ from typing import Protocol, runtime_checkable
 
 from kvrag.errors import CacheMiss
 from kvrag.segments import KV
-from kvrag.store.base import KVStore
+from kvrag.store.base import KVStore, costs_of
+from kvrag.store.found import Found, find
 from kvrag.store.key import EntryKey
 from kvrag.store.together import together
 
 
-def get_many(store: KVStore, keys: Sequence[EntryKey], *, by_layer: bool = False) -> dict[str, KV]:
+def find_many(store: KVStore, keys: Sequence[EntryKey], *, by_layer: bool = False) -> dict[str, Found]:
     """Rows of those entries that are there, by id; the others are misses, counted as `get` counts them.
 
     They are read side by side: from a disk that is not in memory yet, several times as fast as in a row.
@@ -26,13 +27,18 @@ def get_many(store: KVStore, keys: Sequence[EntryKey], *, by_layer: bool = False
     """
     wanted = {key.id: key for key in keys}
 
-    def find(key: EntryKey) -> KV | None:
+    def look(key: EntryKey) -> Found | None:
         with suppress(CacheMiss):
-            return store.get(key, by_layer=by_layer)
+            return find(store, key, by_layer=by_layer)
         return None
 
-    found = together([partial(find, key) for key in wanted.values()])
-    return {key_id: kv for key_id, kv in zip(wanted, found, strict=True) if kv is not None}
+    found = together([partial(look, key) for key in wanted.values()])
+    return {key_id: one for key_id, one in zip(wanted, found, strict=True) if one is not None}
+
+
+def get_many(store: KVStore, keys: Sequence[EntryKey], *, by_layer: bool = False) -> dict[str, KV]:
+    """The same, of which only the rows are wanted."""
+    return {key_id: found.kv for key_id, found in find_many(store, keys, by_layer=by_layer).items()}
 
 
 @runtime_checkable
@@ -43,10 +49,10 @@ class PutsMany(Protocol):
         self,
         entries: Sequence[tuple[EntryKey, KV]],
         *,
-        cost_seconds: float = 0.0,
+        cost_seconds: float | Sequence[float] = 0.0,
         ttl_seconds: float | None = None,
     ) -> None:
-        """The same as `KVStore.put` for each of them; `cost_seconds` and `ttl_seconds` are of each."""
+        """The same as `KVStore.put` for each of them; one number of `cost_seconds` is that of each."""
         ...
 
 
@@ -54,7 +60,7 @@ def put_many(
     store: KVStore,
     entries: Sequence[tuple[EntryKey, KV]],
     *,
-    cost_seconds: float = 0.0,
+    cost_seconds: float | Sequence[float] = 0.0,
     ttl_seconds: float | None = None,
 ) -> None:
     """Keep the rows of many texts: as one batch where the store can, else one after the other.
@@ -62,7 +68,7 @@ def put_many(
     Args:
         store: any.
         entries: keys and their rows.
-        cost_seconds: see `KVStore.put`; of each.
+        cost_seconds: see `KVStore.put`; of each, or one for each.
         ttl_seconds: see `KVStore.put`; of each.
 
     Raises:
@@ -71,5 +77,5 @@ def put_many(
     if isinstance(store, PutsMany):
         store.put_many(entries, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
         return
-    for key, kv in entries:
-        store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+    for (key, kv), cost in zip(entries, costs_of(entries, cost_seconds), strict=True):
+        store.put(key, kv, cost_seconds=cost, ttl_seconds=ttl_seconds)

@@ -19,6 +19,7 @@ from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
 from kvrag.segments import KV
 from kvrag.store.base import CheckReport, EntryInfo, KVStore, Receipt, StoreStats, check_rows
 from kvrag.store.disk import DiskStore
+from kvrag.store.found import Found, Place, counts_of, find, locate
 from kvrag.store.journal import Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
@@ -77,7 +78,7 @@ class TieredStore:
         self._lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
         if write == "back" and any(t.mover is None for t in self._lasting):
             raise ConfigError("write='back' needs tiers that move bytes, such as DiskStore and ObjectStore")
-        disk = next((t.store for t in self._tiers if isinstance(t.store, DiskStore)), None)
+        disk = self.disk
         self._journal = Journal(disk.path / "tiers.sqlite" if state is None and disk else state)
         self._traffic = Traffic()
         lower = [tier.name for tier in self._lasting[1:]]
@@ -91,6 +92,11 @@ class TieredStore:
             self._uploads.wake()
 
     @property
+    def disk(self) -> DiskStore | None:
+        """The first tier on a disk of this machine, if there is one."""
+        return next((tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)), None)
+
+    @property
     def traffic(self) -> Traffic:
         """Reads under way, for work that can wait."""
         return self._traffic
@@ -98,7 +104,11 @@ class TieredStore:
     # --- the store ---
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
-        """Return the entry's rows from the first tier that has them; see `KVStore.get`.
+        """Return the entry's rows from the first tier that has them; see `find` and `KVStore.get`."""
+        return self.find(key, by_layer=by_layer).kv
+
+    def find(self, key: EntryKey, *, by_layer: bool = False) -> Found:
+        """The same, and which tier that was.
 
         With `by_layer`, a layer that is found damaged when it is touched makes the caller start over, and the
         next `get` finds the entry in the next tier.
@@ -106,12 +116,27 @@ class TieredStore:
         with self._traffic.reading():
             if not self._is_erased(key.id):
                 for number, tier in enumerate(self._tiers):
-                    kv = self._from(number, key, by_layer=by_layer)
-                    if kv is not None:
+                    found = self._from(number, key, by_layer=by_layer)
+                    if found is not None:
                         self._count("hits", f"hits {tier.name}")
-                        return kv
+                        return found
         self._count("misses")
         raise CacheMiss(f"no usable entry {key.id[:12]} in {', '.join(t.name for t in self._tiers)}")
+
+    def locate(self, key: EntryKey) -> Place | None:
+        """The first tier that has the entry; one that would have to ask a network is presumed to."""
+        if self._is_erased(key.id):
+            return None
+        places = (locate(tier.store, key) for tier in self._tiers)
+        return next((place for place in places if place is not None), None)
+
+    def counts(self) -> dict[str, int]:
+        """Sums of what the tiers count; see `Counting`."""
+        total: Counter[str] = Counter()
+        for tier in self._tiers:
+            total.update(counts_of(tier.store))
+        total["write_failures"] += self._counts["write_failures"]
+        return dict(total)
 
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
@@ -260,16 +285,17 @@ class TieredStore:
 
     # --- reading ---
 
-    def _from(self, number: int, key: EntryKey, *, by_layer: bool) -> KV | None:
+    def _from(self, number: int, key: EntryKey, *, by_layer: bool) -> Found | None:
         """The entry as one tier has it, brought into those before; None if it has none that is usable."""
         tier = self._tiers[number]
         above = [t for t in self._tiers[:number] if t.mover is not None]
         try:
             if tier.mover is not None and above:
                 kv = self._raised(tier, above, key, by_layer=by_layer)
+                found = None if kv is None else Found(kv, tier.name)
             else:
-                kv = tier.store.get(key, by_layer=by_layer)
-            return None if kv is None else self._kept(number, key, kv)
+                found = find(tier.store, key, by_layer=by_layer)
+            return None if found is None else replace(found, kv=self._kept(number, key, found.kv))
         except CacheMiss:
             return None
         except _TROUBLE as error:

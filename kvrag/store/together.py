@@ -39,6 +39,11 @@ class _Pool:
 _pool = _Pool()
 
 
+def soon(call: Callable[[], None]) -> None:
+    """Make a call in one of the threads, some time; nobody hears of its result."""
+    _pool.submit(call)
+
+
 def together(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of all calls, made by this thread and a few others.
 

@@ -62,18 +62,18 @@ class Writer:
         self._counts = counts
 
     def put(
-        self, entries: Sequence[tuple[EntryKey, KV]], cost_seconds: float, ttl_seconds: float | None
+        self, entries: Sequence[tuple[EntryKey, KV]], costs: Mapping[str, float], ttl_seconds: float | None
     ) -> None:
-        """Have intact entries of these rows; see `DiskStore.put_many`."""
+        """Have intact entries of these rows, `costs` by id; see `DiskStore.put_many`."""
         missing = []
         for key, kv in {key.id: (key, kv) for key, kv in entries}.values():
             before = self._intact(key)
             if before is None:
                 missing.append((key, kv))
-            elif cost_seconds or ttl_seconds is not None or before.expires is not None:
-                self._renew(key, cost_seconds, ttl_seconds)
+            elif costs[key.id] or ttl_seconds is not None or before.expires is not None:
+                self._renew(key, costs[key.id], ttl_seconds)
         for start in range(0, len(missing), _MAX_TOGETHER):
-            self._write(missing[start : start + _MAX_TOGETHER], cost_seconds, ttl_seconds)
+            self._write(missing[start : start + _MAX_TOGETHER], costs, ttl_seconds)
 
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
@@ -143,7 +143,7 @@ class Writer:
             return None  # deleted since
 
     def _write(
-        self, entries: Sequence[tuple[EntryKey, KV]], cost_seconds: float, ttl_seconds: float | None
+        self, entries: Sequence[tuple[EntryKey, KV]], costs: Mapping[str, float], ttl_seconds: float | None
     ) -> None:
         """Write entries of different names; all their bytes are on the disk before any gets its name."""
         new: dict[str, Manifest] = {}
@@ -155,7 +155,7 @@ class Writer:
                     key,
                     kv,
                     now,
-                    cost_seconds=cost_seconds,
+                    cost_seconds=costs[key.id],
                     expires=_end(now, ttl_seconds),
                     filters=self._folder.filters,
                 )

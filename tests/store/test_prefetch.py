@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvrag.errors import CacheMiss, ConfigError
-from kvrag.segments import KV, LayerKV, LazyLayers, Segment, SegmentTable
+from kvrag.segments import KV, LayerKV
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
 from kvrag.store.lazy import MappedLayers
 from kvrag.store.memory import MemoryStore
-from kvrag.store.prefetch import Prefetch, ReadAhead
+from kvrag.store.prefetch import Prefetch
 from kvrag.testing.faults import READS, FaultyStore
 from kvrag.testing.stores import KVStoreContract, assert_same_rows, example_fingerprint, example_rows
 
@@ -229,37 +229,6 @@ def test_what_was_put_or_deleted_meanwhile(slow: SlowStore) -> None:
         with pytest.raises(CacheMiss):
             prefetch.get(key)
     prefetch.close()
-
-
-def test_the_next_layer_is_touched_while_one_is_read(slow: SlowStore) -> None:
-    slow.gate.release(1000)
-    keys = put(slow, range(3))
-    kvs = [slow.get(key) for key in keys]
-    table = SegmentTable(
-        tuple(Segment(kv, 0, document=i, until_layer=1 if i == 2 else None) for i, kv in enumerate(kvs))
-    )
-    noted: list[int] = []
-
-    class Plain:
-        def at(self, layer: int) -> SegmentTable:
-            return table
-
-        def note(self, layer: int, mass: object, focus: object) -> None:
-            noted.append(layer)
-
-    prefetch = Prefetch(slow)
-    tables = ReadAhead(Plain(), prefetch)
-    assert tables.at(0) is table
-    until(lambda: len(slow.touched) == 2)
-    assert sorted(slow.touched) == [(1, 0), (1, 1)]  # not of the one that is pruned before
-    tables.note(0, None, None)
-    assert noted == [0]
-    tables.at(3)  # there is no layer after it
-    prefetch.ahead([example_rows((1, 2))], 0)  # nothing to be read there
-    prefetch.close()
-    prefetch.ahead(kvs, 2)
-    assert len(slow.touched) == 2
-    assert all(isinstance(kv.layers, LazyLayers) for kv in kvs)
 
 
 def test_many_threads_that_read_ahead_what_others_delete(tmp_path: Path) -> None:
