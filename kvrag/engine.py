@@ -280,7 +280,7 @@ class Engine:
         """Begin to load documents that an answer will need, as soon as a retriever has named them.
 
         Documents that are in memory, or would be read anew because that is faster, are left alone. For a
-        policy that prunes, the layers that all documents are read in are loaded; others come as they are needed.
+        policy that prunes, the layers that all documents are read in come; others come when they are needed.
 
         Args:
             texts: of the chunks, by name if there are `contexts`; or keys of entries.
