@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import kvrag.reader
 from kvrag import cli, doctor
+from kvrag.cli import asking, program
 from kvrag.engine import Engine
 from kvrag.focus.policy import PRESETS
 from kvrag.home import Home
@@ -273,7 +274,7 @@ def test_a_wide_collection_fits_a_narrow_terminal(run: Run, model: Path, tmp_pat
 
 
 def test_the_help_names_every_policy() -> None:
-    assert set(cli._POLICIES.split(", ")) == set(PRESETS)
+    assert set(asking.POLICIES.split(", ")) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -442,8 +443,8 @@ def test_an_unknown_kind_of_model_is_one_line(run: Run, notes: Path, model: Path
 
 def test_options_of_the_error_classes_are_found() -> None:
     """Typer's Click is its own or another, depending on the version."""
-    assert issubclass(typer.BadParameter, cli._ClickError)
-    assert hasattr(cli._ClickError, "format_message")
+    assert issubclass(typer.BadParameter, program.CLICK_ERROR)
+    assert hasattr(program.CLICK_ERROR, "format_message")
 
 
 # ---- the shipped reader
@@ -591,7 +592,7 @@ def test_unexpected_errors_are_plain_tracebacks(run: Run, monkeypatch: pytest.Mo
     def fails(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_open", fails)
+    monkeypatch.setattr("kvrag.cli.collection.open_home", fails)
     monkeypatch.setattr(sys, "argv", ["kvrag", "stats"])
     before = sys.excepthook
     with pytest.raises(ZeroDivisionError, match="a bug"):
