@@ -6,14 +6,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import DocumentEncoder, Engine
 from kvrag.errors import ConfigError, InputError
-from kvrag.index import Index
+from kvrag.index import Embedding, Index
 from kvrag.lockstep import Progress
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
@@ -91,7 +92,8 @@ class Home:
         try:
             raw = json.loads(file.read_text())
             forms = {name: RagPrompt(**form) for name, form in raw["forms"].items()}
-            return Settings(raw["model"], forms, raw.get("chroma"), str(raw.get("codec", "raw")))
+            known = {field.name for field in fields(Settings)} & set(raw)
+            return Settings(**{**{name: raw[name] for name in known}, "forms": forms})
         except FileNotFoundError as error:
             raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
         except OSError as error:
@@ -114,14 +116,29 @@ class Home:
 
     def remember(self, engine: Engine, form: RagPrompt) -> None:
         """Note model, form and codec for later questions."""
-        forms = self.settings().forms if self.exists() else {}
-        forms[engine.model.name] = form
-        raw = {
-            "model": engine.model.name,
-            "forms": {name: asdict(f) for name, f in forms.items()},
-            "chroma": self._server(),
-            "codec": engine.codec,
-        }
+        before = self.settings() if self.exists() else Settings(engine.model.name, {})
+        forms = {**before.forms, engine.model.name: form}
+        self._save(replace(before, model=engine.model.name, forms=forms, codec=engine.codec))
+
+    def take_over(self, settings: Settings) -> None:
+        """Note what an imported collection was made with, where nothing is known of it here."""
+        if not self.exists():
+            self._save(settings)
+            return
+        ours = self.settings()
+        self._save(replace(ours, forms={**settings.forms, **ours.forms}))
+
+    def change(self, **settings: Any) -> Settings:
+        """Change some of the settings for all later commands.
+
+        Raises:
+            InputError: nothing was ingested here.
+        """
+        self._save(changed := replace(self.settings(), **settings))
+        return changed
+
+    def _save(self, settings: Settings) -> None:
+        raw = {**asdict(settings), "chroma": self._server()}
         file = self.path / "settings.json"
         partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")
         try:
@@ -135,9 +152,16 @@ class Home:
         """The caches."""
         return DiskStore(self.path / "store")
 
-    def index(self) -> Index:
-        """The collection."""
-        return Index.open(self._server() or self.path / "chroma", self._collection)
+    def index(self, *, embedding: Embedding | None = None) -> Index:
+        """The collection; a new one gets this embedding, or the default."""
+        return Index.open(self._database(), self._collection, embedding=embedding)
+
+    def has_collection(self) -> bool:
+        """Whether the collection is there."""
+        return Index.exists(self._database(), self._collection)
+
+    def _database(self) -> str | Path:
+        return self._server() or self.path / "chroma"
 
     def _server(self) -> str | None:
         return self._chroma or (self.settings().chroma if self.exists() else None)

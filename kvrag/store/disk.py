@@ -217,6 +217,44 @@ class DiskStore:
                     remove(file)
         return CheckReport(tuple(damaged), tuple(str(f.relative_to(self.path)) for f in orphans), fixed=fix)
 
+    def damage(self, key_id: str) -> str | None:
+        """What is wrong with an entry's bytes, every one of them read; None if nothing is.
+
+        Raises:
+            CacheMiss: there is no such entry.
+        """
+        if key_id not in self:
+            raise CacheMiss(f"no entry {key_id[:12]} in {self.path}")
+        try:
+            self._verify_entry(key_id)
+        except Damaged as damage:
+            return str(damage)
+        return None
+
+    def files_of(self, key_id: str) -> tuple[Path, Path]:
+        """Where manifest and data file of an entry lie, or would."""
+        if not _ID.fullmatch(key_id):
+            raise ConfigError(f"{key_id!r} is no name of an entry")
+        return self._files(key_id)
+
+    def adopt(self, other: DiskStore, key_id: str) -> bool:
+        """Move an entry over from another store in the same file system; False if it is here already.
+
+        Raises:
+            StoreWriteError: the files cannot be moved.
+        """
+        (manifest, data), (manifest_here, data_here) = other.files_of(key_id), self.files_of(key_id)
+        try:
+            make_folder(data_here.parent)
+            with exclusive(self._lock_file):
+                if key_id in self:
+                    return False
+                commit(data, data_here)
+                commit(manifest, manifest_here)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        return True
+
     def close(self) -> None:
         """Forget the mappings; rows already handed out stay valid, and the store can be used again."""
         self._kept.clear()
