@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,9 @@ from typing import Protocol
 from kvrag.errors import ConfigError
 from kvrag.segments import KV
 from kvrag.store.key import EntryKey
+
+_MAX_SECONDS = 1e11
+"""Three thousand years: longer times to live are mistakes, and would not fit a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,9 @@ class StoreStats:
         write_failures: entries that could not be written.
         bytes_read: bytes of rows that loads have read from files; rows that were kept are not read again,
             layers that nobody touched are never read.
+        evictions: entries that this object has erased to make room.
+        evicted_bytes: bytes of those.
+        expired: misses, among those above, of entries whose time to live was over.
     """
 
     entries: int
@@ -33,20 +40,57 @@ class StoreStats:
     damaged: int
     write_failures: int
     bytes_read: int
+    evictions: int = 0
+    evicted_bytes: int = 0
+    expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What `check` found: ids or file names, and whether they were mended."""
+    """What `check` found: ids or file names, and whether they were mended.
+
+    Attributes:
+        damaged: ids of entries that are not what they have to be.
+        orphans: files of no entry.
+        index: ids whose row in the store's index is missing, one too many, or says other things than the
+            files; "totals" if its sums are wrong.
+        fixed: all of it was mended.
+    """
 
     damaged: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
+    index: tuple[str, ...] = ()
     fixed: bool = False
 
     @property
     def ok(self) -> bool:
         """Nothing was wrong."""
-        return not (self.damaged or self.orphans)
+        return not (self.damaged or self.orphans or self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What `sweep` did.
+
+    Attributes:
+        expired: ids of entries whose time to live was over.
+        orphans: files of no entry that were removed, by their name within the store.
+        quarantined: files of damaged entries beyond the last few, removed too.
+        damaged: ids of entries without their data, or with a manifest that is none; set aside.
+        evicted: ids of entries that went to keep the budget.
+        adopted: ids that the index did not know of.
+        forgotten: ids that only the index knew of.
+        num_bytes: bytes of all that was removed.
+    """
+
+    expired: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    evicted: tuple[str, ...] = ()
+    adopted: tuple[str, ...] = ()
+    forgotten: tuple[str, ...] = ()
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +229,17 @@ def check_rows(key: EntryKey, kv: KV) -> None:
                 raise ConfigError(
                     f"layer {number} has shape {tuple(rows.shape)}, expected [heads, {kv.num_tokens}, size]"
                 )
+
+
+def check_times(cost_seconds: float, ttl_seconds: float | None) -> None:
+    """Refuse times that are none; every store calls it first in `put`.
+
+    Raises:
+        ConfigError: negative, infinite or not a number; a time to live of nothing.
+    """
+    if not (math.isfinite(cost_seconds) and cost_seconds >= 0):
+        raise ConfigError(f"cost_seconds={cost_seconds}: expected the seconds that reading took, or 0")
+    if ttl_seconds is not None and not 0 < ttl_seconds < _MAX_SECONDS:
+        raise ConfigError(
+            f"ttl_seconds={ttl_seconds}: expected a number of seconds above 0, or None for no end"
+        )

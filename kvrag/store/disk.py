@@ -3,63 +3,56 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from kvrag.errors import CacheMiss, ConfigError
+from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.segments import KV, LayerKV, LazyLayers
 from kvrag.store import advice, layout
-from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows
+from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, SweepReport, check_rows, check_times
+from kvrag.store.clock import StoreClock
 from kvrag.store.codec import codec_named
-from kvrag.store.files import (
-    PARTIAL,
-    commit,
-    exclusive,
-    make_folder,
-    remove,
-    sync_folder,
-    write_error,
-    write_partial,
-)
+from kvrag.store.eviction import eviction_named
+from kvrag.store.files import sync_folder, write_error
+from kvrag.store.folder import EntryFolder, is_id
+from kvrag.store.hits import Hits
+from kvrag.store.index import Victim
 from kvrag.store.kept import KeptEntries, Signature
-from kvrag.store.key import EntryKey, Fingerprint, token_bytes
+from kvrag.store.key import EntryKey, token_bytes
 from kvrag.store.layout import Damaged, Manifest
 from kvrag.store.lazy import MappedLayers
+from kvrag.store.ledger import Ledger
+from kvrag.store.room import Limits
+from kvrag.store.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
-_ID = re.compile(r"[0-9a-f]{64}")
-_MAX_QUARANTINED = 8
 _MAX_READS = 3
-_ABSENT = (0, 0, 0)
+_NO_EXPIRY = b'"expires":null'
 
 
 class DiskStore:
-    """A folder of entries, shared by any number of processes; docs/store-format.md has the format.
+    """A folder of entries, shared by any number of processes.
 
-    An entry exists if and only if its manifest does. The order in which files change:
-
-    | step            | files before -> after              | a crash here leaves            |
-    |-----------------|------------------------------------|--------------------------------|
-    | put: write      | -> data.partial, manifest.partial  | partial files, found by check  |
-    | put: commit     | data.partial -> data               | data of no entry, same         |
-    |                 | manifest.partial -> manifest       | the entry                      |
-    | delete          | manifest ->                        | data of no entry, found by check |
-    |                 | data ->                            | nothing                        |
+    An entry exists if and only if its manifest does. docs/store-format.md has the format, docs/store.md what
+    a crash at each step leaves and who finds it.
 
     Names change under the store's lock file only, and files are never changed in place, so readers need
-    no lock: what they have mapped stays as it was, also for a layer that is touched long after. Cutting or
-    overwriting a file of the store by other means while it is mapped is not protected against (the
-    operating system raises SIGBUS).
+    no lock: what they have mapped stays as it was, also for a layer that is touched long after, and also when
+    its entry is evicted. Cutting or overwriting a file of the store by other means while it is mapped is not
+    protected against (the operating system raises SIGBUS).
+
+    An index beside the files (`kvrag.store.index`) knows sizes, uses and ends, so that nothing but `ids`,
+    `sweep`, `check` and `rebuild` takes longer the more entries there are. It is derived from the files;
+    loads go by the files alone.
 
     Args:
         path: the folder; created by the first `put`.
@@ -67,6 +60,15 @@ class DiskStore:
             when it is first touched; "never" checks sizes, manifest and tokens only.
         keep_bytes: how many bytes of verified files stay mapped, to be handed out again without another
             check while the files are unchanged; 0 switches this off.
+        budget_bytes: what all entries together may take; `put` evicts what is worth least until the new one
+            fits. Not counted: files while they are being written, and quarantine. None: no limit.
+        eviction: what is worth least, by name (`kvrag.store.eviction`). All who put into one folder should
+            name the same: whoever evicts with another has all entries weighed anew.
+        quotas: bytes by tenant, within the budget: a tenant that is full evicts entries of its own.
+        wall_clock: seconds since 1970, for times to live (`kvrag.store.clock` says what happens if it jumps).
+
+    Raises:
+        ConfigError: a setting that cannot work.
     """
 
     def __init__(
@@ -75,13 +77,26 @@ class DiskStore:
         *,
         verify: Literal["load", "never"] = "load",
         keep_bytes: int = 4 << 30,
+        budget_bytes: int | None = None,
+        eviction: str = "gdsf",
+        quotas: Mapping[str, int] | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         if verify not in ("load", "never"):
             raise ConfigError(f"verify={verify!r}: expected 'load' or 'never'")
+        eviction_named(eviction)  # refuses unknown names
         self.path = Path(path)
-        self._root = str(self.path)
         self._verify = verify
+        self._limits = Limits(budget_bytes, dict(quotas or {}))
+        self._clock = StoreClock(wall_clock)
+        self._folder = EntryFolder(self.path)
+        self._ledger = Ledger(self._folder, self._clock, eviction)
+        self._hits = Hits(self._ledger, self._clock)
+        self._upkeep = Upkeep(
+            self._folder, self._ledger, self._clock, self._limits, self._evict, self._set_aside
+        )
         self._kept = KeptEntries(keep_bytes)
+        self._signature = self._folder.signature
         self._lost: dict[str, Signature] = {}
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -99,22 +114,27 @@ class DiskStore:
                 stay proven for later calls. See `KVStore.get`.
 
         Raises:
-            CacheMiss: absent, or damaged or foreign and then moved to `quarantine/` and counted.
+            CacheMiss: absent or expired, or damaged or foreign and then moved to `quarantine/` and counted.
         """
         for _ in range(_MAX_READS):
             signature = self._signature(key.id)
             if signature is None or self._lost.get(key.id) == signature:
                 break
             try:
-                kv = self._kept.get(key.id, signature)
-                if kv is None or (isinstance(kv.layers, LazyLayers) and not by_layer):
+                kept = self._kept.get(key.id, signature)
+                if kept is None or (isinstance(kept.kv.layers, LazyLayers) and not by_layer):
                     kv = self._load(key, signature, by_layer=by_layer)
+                else:
+                    kv = kept.kv
+                    if kept.expires is not None:
+                        self._check_time(key.id, kept.expires)
             except Damaged as damage:
                 if self._signature(key.id) != signature:
                     continue  # it was being replaced while we read it
                 self._set_aside(key.id, str(damage), signature)
                 break
             self._count("hits")
+            self._hits.count(key.id)
             return kv
         raise self._miss(key.id)
 
@@ -123,99 +143,164 @@ class DiskStore:
     ) -> None:
         """Write the rows so that a crash after the return does not lose them.
 
-        An intact entry under this key is left as it is: equal keys have equal rows.
+        The rows of an intact entry under this key are left as they are: equal keys have equal rows. Its time
+        to live and cost become the new ones.
 
         Raises:
-            ConfigError: the rows are not of this key.
-            StoreWriteError: nothing was written; the message says what to do.
+            ConfigError: the rows are not of this key, or a time is none.
+            StoreWriteError: nothing was written; the message says what to do. It may say that the entry
+                does not fit into the budget.
         """
         check_rows(key, kv)
+        check_times(cost_seconds, ttl_seconds)
         if not layout.is_storable(key.fingerprint.dtype):
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
         codec_named(key.fingerprint.codec)  # refuses unknown names
         try:
             if not self._is_intact(key):
-                self._write(key, kv)
+                self._write(key, kv, cost_seconds, ttl_seconds)
+            elif cost_seconds or ttl_seconds is not None or self._expires(key.id) is not None:
+                self._renew(key, cost_seconds, ttl_seconds)
+        except StoreWriteError:
+            self._count("write_failures")
+            raise
         except OSError as error:
             self._count("write_failures")
             raise write_error(error, self.path) from error
 
     def delete(self, key_id: str) -> Receipt:
-        """Remove the entry, its bytes and what quarantine may hold of it.
+        """Remove the entry, its bytes, its pin, and what quarantine or an interrupted write has of it.
+
+        The medium may keep the blocks of removed files until it uses them again (docs/store.md).
 
         Raises:
             StoreWriteError: the files cannot be removed.
         """
-        if not _ID.fullmatch(key_id):
+        if not is_id(key_id):
             return Receipt(key_id, False)
         self._kept.drop(key_id)
-        manifest, data = self._files(key_id)
         try:
-            if not (manifest.exists() or data.exists() or any(self._quarantined(key_id))):
+            if not self._folder.traces(key_id):
                 return Receipt(key_id, False)
-            erased, num_bytes = [], 0
-            with exclusive(self._lock_file):
-                existed = manifest.exists()
-                for file in (manifest, data, *self._quarantined(key_id)):
-                    if file.exists():
-                        num_bytes += file.stat().st_size
-                        file.unlink(missing_ok=True)
-                        erased.append(f"disk: {file.relative_to(self.path)}")
-                if data.parent.is_dir():
-                    sync_folder(data.parent)
+            with self._ledger.locked():
+                return self._delete(key_id)
         except OSError as error:
             raise write_error(error, self.path) from error
-        return Receipt(key_id, existed, tuple(erased), num_bytes)
 
     def __contains__(self, key: object) -> bool:
-        """Whether an entry exists under this `EntryKey` or id; does not read it."""
+        """Whether an entry exists under this `EntryKey` or id, its time to live not over; reads no rows."""
         key_id = key.id if isinstance(key, EntryKey) else key
-        return isinstance(key_id, str) and bool(_ID.fullmatch(key_id)) and self._files(key_id)[0].exists()
+        if not isinstance(key_id, str) or not is_id(key_id):
+            return False
+        try:
+            raw = self._folder.files(key_id)[0].read_bytes()
+            return _NO_EXPIRY in raw or not self._is_over(layout.parse_manifest(raw).expires)
+        except FileNotFoundError:
+            return False
+        except (OSError, Damaged):
+            return True  # there is an entry; `get` says what it is worth
 
     def ids(self) -> Iterator[str]:
-        """Ids of all entries, in no order."""
-        for file in self.path.glob("[0-9a-f][0-9a-f]/*.json"):
-            if _ID.fullmatch(file.stem) and file.stem[:2] == file.parent.name:
-                yield file.stem
+        """Ids of all entries, in no order; of the files, so also those that the index does not know."""
+        return self._folder.ids()
+
+    def entries(self, tenant: str | None = None) -> Iterator[EntryInfo]:
+        """What is known of all entries, or those of one tenant, in the order of their ids.
+
+        Entries may be deleted while they are listed; memory does not grow with their number.
+        """
+        self._hits.flush()
+        page = self._ledger.page("", tenant)
+        while page:
+            yield from page
+            page = self._ledger.page(page[-1].id, tenant)
+        if page is None:  # there is no index: one manifest after another
+            yield from (info for info in self._ledger.described() if tenant in (None, info.tenant))
+
+    def info(self, key_id: str) -> EntryInfo | None:
+        """What is known of one entry; None if there is none."""
+        if not is_id(key_id) or not self._folder.exists(key_id):
+            return None
+        self._hits.flush()
+        found = self._ledger.ask(lambda index: index.info(key_id))
+        if found is None:
+            with suppress(Damaged):
+                found = self._ledger.describe(key_id)
+        return found
+
+    def pin(self, key_id: str, pinned: bool = True) -> bool:
+        """Never evict the entry, or let go of it; false if there is none.
+
+        A pin is a file beside the entry: it needs no index, and holds again when a damaged entry is mended.
+        It does not keep an entry from expiring, nor from `delete`.
+
+        Raises:
+            StoreWriteError: the folder cannot be written.
+        """
+        if not is_id(key_id) or not self._folder.exists(key_id):
+            return False
+        try:
+            with self._ledger.locked():
+                if not self._folder.exists(key_id):
+                    return False
+                with self._ledger.changing([key_id]):
+                    self._folder.pin(key_id, pinned)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        return True
 
     def stats(self) -> StoreStats:
-        """Counts since this object was made, and sizes on the disk."""
-        sizes = [self._signature(key_id) for key_id in self.ids()]
+        """Counts since this object was made, and sizes on the disk; expired entries count until swept."""
+        entries, num_bytes = self._ledger.sizes()
         counts = self._counts
         return StoreStats(
-            entries=len(sizes),
-            num_bytes=sum(size for signature in sizes if signature for _, size, _ in signature),
+            entries=entries,
+            num_bytes=num_bytes,
             hits=counts["hits"],
             misses=counts["misses"],
             damaged=counts["damaged"],
             write_failures=counts["write_failures"],
             bytes_read=counts["bytes_read"],
+            evictions=counts["evictions"],
+            evicted_bytes=counts["evicted_bytes"],
+            expired=counts["expired"],
         )
 
-    def check(self, *, fix: bool = False, grace_seconds: float = 3600.0) -> CheckReport:
-        """Verify every byte of every entry and find files that belong to none.
+    def sweep(self, *, grace_seconds: float = 3600.0) -> SweepReport:
+        """Remove what expired, what crashes left, and what is beyond the budget; mend the index.
 
         Args:
-            fix: move damaged entries to `quarantine/` and remove orphans.
-            grace_seconds: partial files younger than this may still be written to and are no orphans.
+            grace_seconds: where nobody can tell whether a partial file is being written (Windows, or while
+                others write), how old it has to be.
+
+        Raises:
+            StoreWriteError: the folder is read-only, or a file cannot be removed.
         """
-        damaged = []
-        for key_id in list(self.ids()):
-            signature = self._signature(key_id)
-            try:
-                self._verify_entry(key_id)
-            except Damaged as damage:
-                if signature is None or self._signature(key_id) != signature:
-                    continue
-                damaged.append(key_id)
-                if fix:
-                    self._set_aside(key_id, str(damage), signature)
-        orphans = self._orphans(grace_seconds)
-        if fix and orphans:
-            with exclusive(self._lock_file):  # nobody commits now: what is an orphan still, is one
-                for file in self._orphans(grace_seconds):
-                    remove(file)
-        return CheckReport(tuple(damaged), tuple(str(f.relative_to(self.path)) for f in orphans), fixed=fix)
+        self._hits.flush()
+        try:
+            return self._upkeep.sweep(grace_seconds)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+
+    def check(self, *, fix: bool = False, grace_seconds: float = 3600.0) -> CheckReport:
+        """Verify every byte of every entry, find files that belong to none, and compare the index.
+
+        Args:
+            fix: move damaged entries to `quarantine/`, remove orphans, mend the index.
+            grace_seconds: as for `sweep`.
+        """
+        return self._upkeep.check(fix=fix, grace_seconds=grace_seconds)
+
+    def rebuild(self) -> int:
+        """Build the index from the files, at any time; the number of entries. Counts of loads are lost.
+
+        Raises:
+            StoreWriteError: the folder is read-only.
+        """
+        try:
+            return self._ledger.rebuild()
+        except OSError as error:
+            raise write_error(error, self.path) from error
 
     def damage(self, key_id: str) -> str | None:
         """What is wrong with an entry's bytes, every one of them read; None if nothing is.
@@ -257,27 +342,9 @@ class DiskStore:
 
     def close(self) -> None:
         """Forget the mappings; rows already handed out stay valid, and the store can be used again."""
+        self._hits.flush()
         self._kept.clear()
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / "store.lock"
-
-    def _files(self, key_id: str) -> tuple[Path, Path]:
-        """Manifest and data file of an entry."""
-        folder = self.path / key_id[:2]
-        return folder / f"{key_id}.json", folder / f"{key_id}.safetensors"
-
-    def _signature(self, key_id: str) -> Signature | None:
-        """What both files look like from outside; None if there is no manifest."""
-        found = []
-        for suffix in ("json", "safetensors"):
-            try:
-                stat = os.stat(f"{self._root}/{key_id[:2]}/{key_id}.{suffix}")  # Path takes longer than stat
-                found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-            except OSError:
-                found.append(_ABSENT)
-        return None if found[0] == _ABSENT else tuple(found)
+        self._ledger.close()
 
     def _count(self, what: str, number: int = 1) -> None:
         with self._lock:
@@ -289,25 +356,40 @@ class DiskStore:
         self._count("misses")
         return CacheMiss(f"no usable entry {key_id[:12]} in {self.path}")
 
-    def _manifest(self, key_id: str) -> Manifest:
+    def _expires(self, key_id: str) -> float | None:
+        """Until when an entry may be handed out; None: no end, or there is none."""
         try:
-            raw = self._files(key_id)[0].read_bytes()
-        except OSError as error:
-            raise Damaged(f"the manifest cannot be read: {error}") from error
-        return layout.parse_manifest(raw)
+            return self._folder.manifest(key_id).expires
+        except Damaged:
+            return None
+
+    def _is_over(self, expires: float | None) -> bool:
+        return expires is not None and expires <= self._clock.now()
+
+    def _check_time(self, key_id: str, expires: float | None, made: float = 0.0) -> None:
+        """Refuse an entry whose time to live is over.
+
+        Raises:
+            CacheMiss: it is.
+        """
+        if expires is not None and expires <= self._clock.at_least(made):
+            self._count("expired")
+            raise self._miss(key_id)
 
     def _load(self, key: EntryKey, signature: Signature, *, by_layer: bool = False) -> KV:
         """Map, verify and remember an entry; by layer only what lies around the rows is verified.
 
         Raises:
             Damaged: it is not what its manifest and this key say.
+            CacheMiss: its time to live is over.
         """
-        manifest = self._manifest(key.id)
+        manifest = self._folder.manifest(key.id)
         fields = key.fingerprint.fields()
         if manifest.fingerprint != fields:
             other = {name: manifest.fingerprint.get(name) for name, v in fields.items()}
             raise Damaged(f"the entry was made for {other}, asked for was {fields}")
-        data = layout.map_file(self._files(key.id)[1], manifest)
+        self._check_time(key.id, manifest.expires, manifest.created)
+        data = layout.map_file(self._folder.files(key.id)[1], manifest)
         if by_layer:
             advice.read_nothing_ahead(data)
         if self._verify == "load":
@@ -355,7 +437,8 @@ class DiskStore:
 
     def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:
         if self._signature(key_id) == signature:
-            self._kept.keep(key_id, signature, kv, max(manifest.file_size, sum(manifest.row_bytes())))
+            size = max(manifest.file_size, sum(manifest.row_bytes()))
+            self._kept.keep(key_id, signature, kv, size, manifest.expires)
 
     def _lose(self, key_id: str, signature: Signature, damage: Damaged) -> None:
         """Set an entry aside that was handed out before, unless other files have taken its place."""
@@ -365,24 +448,6 @@ class DiskStore:
         if self._signature(key_id) == signature:
             # A read-only store. Its header is intact: without this, who starts over would find it again.
             self._lost[key_id] = signature
-
-    def _verify_entry(self, key_id: str) -> None:
-        """Prove an entry by itself: every byte, and that its content gives its name.
-
-        Raises:
-            Damaged: something differs.
-        """
-        manifest = self._manifest(key_id)
-        data = layout.map_file(self._files(key_id)[1], manifest)
-        layout.verify(data, manifest)
-        raw = layout.stored_tokens(data, manifest)
-        tokens = tuple(int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, len(raw), 4))
-        try:
-            fingerprint = Fingerprint(**manifest.fingerprint)  # type: ignore[arg-type]  # str | int from JSON
-        except TypeError as error:
-            raise Damaged(f"the manifest has other fingerprint fields: {error}") from error
-        if EntryKey(fingerprint, tokens).id != key_id:
-            raise Damaged("the entry's content belongs to another name")
 
     def _is_intact(self, key: EntryKey) -> bool:
         signature = self._signature(key.id)
@@ -394,31 +459,84 @@ class DiskStore:
             return False
         return True
 
-    def _write(self, key: EntryKey, kv: KV) -> None:
-        manifest, parts = layout.encode(key.fingerprint, kv, time.time())
-        manifest_file, data_file = self._files(key.id)
-        make_folder(data_file.parent)
-        stem = f"{key.id}.{uuid.uuid4().hex}"
-        data_part = data_file.with_name(f"{stem}.safetensors{PARTIAL}")
-        manifest_part = data_file.with_name(f"{stem}.json{PARTIAL}")
-        try:
-            write_partial(data_part, parts)
-            write_partial(manifest_part, [layout.dump_manifest(manifest)])
-            with exclusive(self._lock_file):
-                if self._is_intact(key):
-                    return  # another process was faster
-                self._kept.drop(key.id)
-                manifest_file.unlink(missing_ok=True)  # of a damaged entry: must not meet the new data
-                try:
-                    commit(data_part, data_file)
-                    commit(manifest_part, manifest_file)
-                except BaseException:
-                    if not manifest_file.exists():
-                        remove(data_file)
-                    raise
-        finally:
-            remove(data_part)
-            remove(manifest_part)
+    def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
+        now = self._clock.now()
+        manifest, parts = layout.encode(key.fingerprint, kv, now)
+        manifest = replace(manifest, cost_seconds=cost_seconds, expires=_end(now, ttl_seconds))
+        tenant, num_bytes = key.fingerprint.tenant, manifest.file_size + len(layout.dump_manifest(manifest))
+        self._limits.check_size(tenant, num_bytes)
+        with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
+            if self._is_intact(key):
+                return  # another process was faster
+            self._kept.drop(key.id)
+            victims = self._victims(tenant, key.id, num_bytes)
+            with self._ledger.changing([key.id, *victims], {key.id: manifest}, floor=_highest(victims)):
+                self._erase(victims)
+                commit()
+
+    def _renew(self, key: EntryKey, cost_seconds: float, ttl_seconds: float | None) -> None:
+        """Write another manifest for the same rows."""
+        with self._ledger.locked():
+            if not self._is_intact(key):
+                return  # deleted or damaged since: a miss, as if it had been so before
+            before, now = self._folder.manifest(key.id), self._clock.now()
+            manifest = replace(
+                before,
+                cost_seconds=cost_seconds or before.cost_seconds,
+                created=now if ttl_seconds is not None else before.created,
+                expires=_end(now, ttl_seconds),
+            )
+            if manifest != before:
+                with self._ledger.changing([key.id], {key.id: manifest}):
+                    self._folder.rewrite(key.id, manifest)
+
+    def _victims(self, tenant: str, key_id: str, num_bytes: int) -> dict[str, Victim]:
+        """What has to go so that an entry fits; the caller holds the lock.
+
+        Raises:
+            StoreWriteError: it cannot fit, or nobody can tell.
+        """
+        if not self._limits.of(tenant):
+            return {}
+        self._hits.flush()
+        now = self._clock.now()
+        found = self._ledger.ask(lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now))
+        if found is None:
+            raise StoreWriteError(
+                f"the index of {self.path} cannot be written, and without it nobody can keep a budget: "
+                "free some space on its disk, or open the store without budget_bytes and quotas"
+            )
+        return {victim.id: victim for victim in found}
+
+    def _evict(self, victims: Sequence[Victim]) -> None:
+        """Erase entries that are too many; the caller holds the lock."""
+        chosen = {victim.id: victim for victim in victims}
+        with self._ledger.changing(list(chosen), floor=_highest(chosen)):
+            self._erase(chosen)
+
+    def _erase(self, victims: Mapping[str, Victim]) -> None:
+        for key_id in victims:
+            if self._folder.is_pinned(key_id):
+                continue  # the index did not know; it does from now on
+            self._kept.drop(key_id)
+            self._count("evicted_bytes", self._folder.erase(key_id))
+            self._count("evictions")
+
+    def _delete(self, key_id: str) -> Receipt:
+        """Remove every trace of an entry; the caller holds the lock."""
+        existed = self._folder.exists(key_id)
+        erased, num_bytes = [], 0
+        had_row = self._ledger.ask(lambda index: index.info(key_id)) is not None
+        with self._ledger.changing([key_id]):
+            for file in self._folder.erasable(key_id):
+                num_bytes += file.stat().st_size
+                file.unlink()
+                erased.append(f"disk: {file.relative_to(self.path)}")
+            if erased:
+                sync_folder(self._folder.files(key_id)[0].parent)
+        if had_row and self._ledger.ask(lambda index: index.info(key_id)) is None:
+            erased.append("disk: index")
+        return Receipt(key_id, existed, tuple(erased), num_bytes)
 
     def _set_aside(self, key_id: str, reason: str, signature: Signature) -> None:
         """Move a damaged entry out of the way, for a person to look at; the manifest first."""
@@ -426,43 +544,18 @@ class DiskStore:
         logger.warning(
             "entry %s in %s is not usable and will be recomputed: %s", key_id[:12], self.path, reason
         )
-        folder = self.path / "quarantine"
         try:
-            with exclusive(self._lock_file):
-                if self._signature(key_id) != signature:
-                    return  # somebody has mended it meanwhile
-                folder.mkdir(exist_ok=True)
-                for file in self._files(key_id):
-                    if file.exists():
-                        commit(file, folder / f"{key_id}.{time.time_ns()}{file.suffix}")
-                self._empty_quarantine(_MAX_QUARANTINED)
+            with self._ledger.locked():
+                if self._signature(key_id) == signature:  # else somebody has mended it meanwhile
+                    with self._ledger.changing([key_id]):
+                        self._folder.set_aside(key_id)
         except OSError as error:
             logger.warning("it could not be moved aside: %s", error)
 
-    def _quarantined(self, key_id: str) -> list[Path]:
-        return list((self.path / "quarantine").glob(f"{key_id}.*"))
 
-    def _empty_quarantine(self, keep: int) -> None:
-        """Leave the files of the last `keep` damaged entries."""
-        files = sorted(
-            (self.path / "quarantine").iterdir(), key=lambda f: f.name.split(".")[1:2], reverse=True
-        )
-        newest = list(dict.fromkeys(f.name.split(".")[0] for f in files))[:keep]
-        for file in files:
-            if file.name.split(".")[0] not in newest:
-                remove(file)
+def _end(now: float, ttl_seconds: float | None) -> float | None:
+    return None if ttl_seconds is None else now + ttl_seconds
 
-    def _orphans(self, grace_seconds: float) -> list[Path]:
-        """Partial files past their grace, and data files without manifest."""
-        now, orphans = time.time(), []
-        for file in self.path.glob("[0-9a-f][0-9a-f]/*"):
-            try:
-                age = now - file.stat().st_mtime
-            except OSError:
-                continue  # gone meanwhile
-            if file.suffix == PARTIAL:
-                if age > grace_seconds:
-                    orphans.append(file)
-            elif file.suffix == ".safetensors" and not file.with_suffix(".json").exists():
-                orphans.append(file)
-        return orphans
+
+def _highest(victims: Mapping[str, Victim]) -> float:
+    return max((victim.priority for victim in victims.values()), default=0.0)

@@ -91,7 +91,41 @@ def exclusive(path: Path) -> Iterator[None]:
         _lock(descriptor, wait=True)
         yield
     finally:
-        os.close(descriptor)  # closing releases the lock
+        _unlock(descriptor)  # closing does too, unless a process was forked meanwhile and has it open still
+        os.close(descriptor)
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Hold the lock file together with others who share it; waits for one who has it alone.
+
+    Where locks cannot be shared (Windows) it does nothing, and `no_others` is never sure.
+
+    Raises:
+        OSError: the file cannot be created here.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock_shared(descriptor)
+        yield
+    finally:
+        _unlock(descriptor)
+        os.close(descriptor)
+
+
+def no_others(path: Path) -> bool:
+    """Whether it is sure that nobody shares the lock file now."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        return _is_alone(descriptor)
+    finally:
+        _unlock(descriptor)
+        os.close(descriptor)
 
 
 def try_lock(path: Path) -> int | None:
@@ -124,9 +158,31 @@ if sys.platform == "win32":
             else:
                 return
 
+    def _unlock(descriptor: int) -> None:
+        """Closing does."""
+
+    def _lock_shared(descriptor: int) -> None:
+        """There are no shared locks."""
+
+    def _is_alone(descriptor: int) -> bool:
+        return descriptor < 0  # nobody can tell
+
 else:
     import fcntl
 
     def _lock(descriptor: int, *, wait: bool) -> None:
         # flock, not lockf: it belongs to the open file, so it also keeps threads of one process apart.
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _lock_shared(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    def _is_alone(descriptor: int) -> bool:
+        try:
+            _lock(descriptor, wait=False)
+        except OSError:
+            return False
+        return True

@@ -59,6 +59,8 @@ class Manifest:
         file_size: bytes of the data file.
         checksums: of header, tokens and layers.
         created: seconds since 1970.
+        cost_seconds: what reading the text took; 0 if unknown.
+        expires: seconds since 1970 after which the entry is a miss; None: never.
     """
 
     fingerprint: dict[str, str | int]
@@ -68,6 +70,8 @@ class Manifest:
     file_size: int
     checksums: Checksums
     created: float
+    cost_seconds: float = 0.0
+    expires: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,8 +207,11 @@ def parse_manifest(raw: bytes) -> Manifest:
             file_size=fields["file_size"],
             checksums=Checksums(sums["header"], sums["tokens"], tuple(sums["layers"])),
             created=fields["created"],
+            cost_seconds=fields["cost_seconds"],
+            expires=fields["expires"],
         )
         _check_sizes(manifest)
+        _check_times(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"the manifest is sealed but not of this layout: {error!r}") from error
     return manifest
@@ -223,6 +230,12 @@ def _check_sizes(manifest: Manifest) -> None:
         raise Damaged("the manifest's shapes and file size disagree")
     if len(manifest.checksums.layers) != len(manifest.layers):
         raise Damaged("the manifest lacks a layer's checksum")
+
+
+def _check_times(manifest: Manifest) -> None:
+    times = [manifest.created, manifest.cost_seconds, manifest.expires or 0.0]
+    if not all(isinstance(t, (int, float)) and 0 <= t < 1 << 40 for t in times):
+        raise Damaged("the manifest has times that no entry has")
 
 
 def map_file(path: Path, manifest: Manifest) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_starting_over_ends_on_a_read_only_store(store: DiskStore, monkeypatch: 
 
     kv = store.get(KEY, by_layer=True)
     with monkeypatch.context() as patch:
-        patch.setattr("kvrag.store.disk.exclusive", refuse)
+        patch.setattr("kvrag.store.folder.exclusive", refuse)
         for _ in range(2):
             with pytest.raises(CacheMiss):
                 kv.layers[2]
