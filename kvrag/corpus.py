@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from kvrag.errors import (
 from kvrag.index import Hit, Index, Metadata, Record, already_there
 from kvrag.lockstep import Lockstep, Progress, batches
 from kvrag.neighbours import KEY_FIELD, Encoder, Item, Neighbourhoods, clean
-from kvrag.reports import CorpusStats, IngestReport, ReconcileReport, RenewReport
+from kvrag.reports import CorpusStats, Deletion, IngestReport, ReconcileReport, RenewReport, WarmReport
 from kvrag.store.base import KVStore
 from kvrag.store.key import EntryKey, tagged_digest
 from kvrag.store.references import References
@@ -26,13 +27,19 @@ __all__ = [
     "KEY_FIELD",
     "Corpus",
     "CorpusStats",
+    "Deletion",
     "Encoder",
     "Hit",
     "IngestReport",
     "ReconcileReport",
     "Record",
     "RenewReport",
+    "WarmReport",
 ]
+
+
+Order = Callable[[str, int], Any]
+"""The place of a document among those to be read first, from its text and its number of tokens."""
 
 
 class Corpus:
@@ -201,10 +208,13 @@ class Corpus:
             ]
             self._lockstep.write(self._items(texts, ids, merged), self._index.upsert, None)
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Sequence[str]) -> Deletion:
         """Remove documents; the bytes of entries that no document of any collection refers to go with them.
 
         So do entries of other documents that were encoded behind them; those are built anew, behind others.
+
+        Returns:
+            What was erased, in every tier of the store.
 
         Raises:
             DocumentNotFound: an id that is not there; nothing was removed.
@@ -217,10 +227,13 @@ class Corpus:
             behind = self._near.behind(ids)
             # Also the entries that records name: a reference may have been lost.
             told = self._near.entries([*records, *behind])
+            named = self._references.named(self._index.id, ids)
             self._index.delete(ids)
-            self._lockstep.let_go([*ids, *(record.id for record in behind)], told)
+            receipts = self._lockstep.let_go([*ids, *(record.id for record in behind)], told)
             if self._near.can_encode:
                 self._lockstep.settle([record.id for record in behind])
+            kept = sorted(key for key in set(named.values()) if self._references.count(key))
+            return Deletion(tuple(ids), self._index.name, tuple(receipts), tuple(kept), time.time())
 
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Documents by id, in this order.
@@ -229,6 +242,10 @@ class Corpus:
             DocumentNotFound: an id that is not there.
         """
         return [Record(r.id, r.text, clean(r.metadata)) for r in self._found(ids)]
+
+    def entries_of(self, ids: Sequence[str]) -> dict[str, str]:
+        """For documents by id, the name of the entry that they refer to, if they refer to one."""
+        return self._references.named(self._index.id, ids)
 
     def search(self, query: str, k: int = 5, *, where: Mapping[str, Any] | None = None) -> list[Hit]:
         """The `k` documents nearest to a text, nearest first.
@@ -342,6 +359,81 @@ class Corpus:
                 unencodable=tuple(unencodable),
             )
 
+    def warm(
+        self,
+        *,
+        only_missing: bool = False,
+        order: Order | None = None,
+        room: Callable[[], int | None] | None = None,
+        progress: Progress | None = None,
+    ) -> WarmReport:
+        """Build the entries that documents lack, also for a collection that somebody else has filled.
+
+        A batch's entries are complete when the next one begins, so that an interrupted call can be repeated;
+        what is there then is not built again.
+
+        Args:
+            only_missing: believe the entries that are there, and leave the collection itself as it is: no
+                labels are written into its metadata. Otherwise every byte of the entries is verified first,
+                and what is damaged is built anew.
+            order: gives the place of a record and its tokens; the lowest come first. None: as they lie.
+            room: how many bytes the store still holds, asked before every batch; None: no limit. When a
+                batch does not fit, the call ends instead of evicting what it has just built.
+            progress: called with (tokens read, tokens to read).
+
+        Raises:
+            StoreWriteError: the store cannot be written.
+            CorpusLocked: another process is writing.
+        """
+        with self._lock:
+            if not only_missing:
+                self._index.begin_writing()
+                self._store.check(fix=True)
+                self._lockstep.prepare_neighbours()
+            before = self._store.stats().num_bytes
+            unencodable: list[str] = []
+            missing: list[tuple[Any, int, str]] = []  # place, number of tokens, id
+            records = tokens = built = 0
+            is_full = False
+            for batch in batches(list(self._index.records()), self._lockstep.batch_size):
+                items = self._near.items(batch, unencodable)
+                records += len(batch)
+                for item in items:
+                    if item.key not in self._store:
+                        place = 0 if order is None else order(item.text, len(item.key.tokens))
+                        missing.append((place, len(item.key.tokens), item.id))
+                self._warm([item for item in items if item.key in self._store], only_missing=only_missing)
+            missing.sort(key=lambda row: row[0])
+            total = sum(length for _, length, _ in missing)
+            for rows in batches(missing, self._lockstep.batch_size):
+                if room is not None and not _fits(
+                    room(), rows, self._store.stats().num_bytes - before, tokens
+                ):
+                    is_full = True
+                    break
+                items = self._near.items(self._index.get([record for _, _, record in rows]), [])
+                built += self._warm(items, only_missing=only_missing)
+                tokens += sum(length for _, length, _ in rows)
+                if progress is not None:
+                    progress(tokens, total)
+            return WarmReport(
+                records=records,
+                built=built,
+                known=records - len(missing) - len(unencodable),
+                unencodable=tuple(unencodable),
+                num_bytes=self._store.stats().num_bytes - before,
+                is_full=is_full,
+            )
+
+    def _warm(self, items: Sequence[Item], *, only_missing: bool) -> int:
+        """References, entries and labels of some records; how many entries were built."""
+        freed = self._references.add(self._index.id, {item.id: item.key.id for item in items})
+        built = self._lockstep.encode_missing(items)
+        if not only_missing:
+            self._lockstep.relabel(items)
+        self._references.collect(freed, self._store.delete)
+        return built
+
     def stats(self) -> CorpusStats:
         """Sizes and counts."""
         return CorpusStats(
@@ -392,6 +484,13 @@ class Corpus:
         if missing:
             raise DocumentNotFound(f"the corpus holds no document with the id {min(missing)!r}")
         return found
+
+
+def _fits(room: int | None, rows: Sequence[tuple[Any, int, str]], num_bytes: int, num_tokens: int) -> bool:
+    """Whether a batch fits into the room, by what a token took so far; the first one is always tried."""
+    if room is None or not num_tokens:
+        return room is None or room > 0
+    return sum(length for _, length, _ in rows) * num_bytes / num_tokens <= room
 
 
 def _references_file(store: KVStore) -> Path | None:

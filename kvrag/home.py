@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
-from kvrag.engine import DocumentEncoder, Engine
+from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError
 from kvrag.index import Embedding, Index
 from kvrag.lockstep import Progress
@@ -20,12 +20,14 @@ from kvrag.model import READER
 from kvrag.prompt import RagPrompt
 from kvrag.reports import IngestReport
 from kvrag.segments import KV
+from kvrag.store.base import Receipt
 from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
 from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
 
 CHUNK_TOKENS = 512
+_FULL = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,16 @@ class Settings:
             documents are encoded behind what stood there at ingestion.
         chroma: address of the Chroma server that holds the collection; None: the embedded database.
         codec: how caches are written, by name.
+        budget_bytes: how much all caches together may take; None: no limit.
+        ttl_seconds: time to live of caches that are written from now on; None: no end.
     """
 
     model: str
     forms: dict[str, RagPrompt]
     chroma: str | None = None
     codec: str = "raw"
+    budget_bytes: int | None = None
+    ttl_seconds: float | None = None
 
 
 class _NoEncoder:
@@ -77,6 +83,7 @@ class Home:
         self.path = Path(path)
         self._chroma = chroma
         self._collection = collection
+        self._chosen: dict[str, Any] = {}
 
     def exists(self) -> bool:
         """Whether something was ingested here."""
@@ -126,19 +133,18 @@ class Home:
             self._save(settings)
             return
         ours = self.settings()
-        self._save(replace(ours, forms={**settings.forms, **ours.forms}))
+        merged = {**settings.forms, **ours.forms}
+        if merged != ours.forms:
+            self._save(replace(ours, forms=merged))
 
-    def change(self, **settings: Any) -> Settings:
-        """Change some of the settings for all later commands.
-
-        Raises:
-            InputError: nothing was ingested here.
-        """
-        self._save(changed := replace(self.settings(), **settings))
-        return changed
+    def change(self, **settings: Any) -> None:
+        """Change settings for all later commands; in an empty folder from its first ingestion on."""
+        self._chosen.update(settings)
+        if self.exists():
+            self._save(self.settings())
 
     def _save(self, settings: Settings) -> None:
-        raw = {**asdict(settings), "chroma": self._server()}
+        raw = {**asdict(settings), **self._chosen, "chroma": self._server()}
         file = self.path / "settings.json"
         partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")
         try:
@@ -149,8 +155,11 @@ class Home:
             raise write_error(error, file) from error
 
     def store(self) -> DiskStore:
-        """The caches."""
-        return DiskStore(self.path / "store")
+        """The caches, within the budget that the folder was given."""
+        settings = replace(self.settings() if self.exists() else Settings("", {}), **self._chosen)
+        return DiskStore(
+            self.path / "store", budget_bytes=settings.budget_bytes, ttl_seconds=settings.ttl_seconds
+        )
 
     def index(self, *, embedding: Embedding | None = None) -> Index:
         """The collection; a new one gets this embedding, or the default."""
@@ -181,18 +190,28 @@ class Home:
         store = engine.store or self.store()
         return Corpus(index, store, engine.encoder(self.form(engine)), neighbours=fitting)
 
-    def sweep(self) -> None:
+    def sweep(self) -> tuple[Receipt, ...]:
         """Remove caches that no document refers to: those that answers of other models left behind.
 
         Without it, a removed document's bytes would stay until the next `reconcile`.
+
+        Returns:
+            What was erased.
         """
         store = self.store()
         references = References(store.path / "references.sqlite")
+        receipts: list[Receipt] = []
+
+        def erase(key_id: str) -> Receipt:
+            receipts.append(store.delete(key_id))
+            return receipts[-1]
+
         try:
-            references.collect(store.ids(), store.delete)
+            references.collect(store.ids(), erase)
         finally:
             references.close()
             store.close()
+        return tuple(receipts)
 
 
 def ingest(
@@ -222,7 +241,7 @@ def ingest(
     chunks = [
         (chunk, {**document.metadata, "source": document.source})
         for document in documents
-        for chunk in _chunks(document.text, encoder, chunk_tokens, by_paragraph=by_paragraph)
+        for chunk in chunks_of(document.text, encoder, chunk_tokens, by_paragraph=by_paragraph)
     ]
     if not chunks:
         raise InputError("no text found in the given files")
@@ -233,7 +252,11 @@ def ingest(
         report = corpus.ingest(
             [text for text, _ in chunks], metadatas=[metadata for _, metadata in chunks], progress=progress
         )
-        if report.skipped and _lacks_caches(home, engine, corpus, [text for text, _ in chunks]):
+        if (
+            report.skipped
+            and not _is_full(home, engine)
+            and _lacks_caches(home, engine, corpus, [text for text, _ in chunks])
+        ):
             corpus.reconcile(verify=False, progress=progress)
         if gone := sorted(before - set(report.ids)):
             corpus.delete(gone)
@@ -252,11 +275,31 @@ def _lacks_caches(home: Home, engine: Engine, corpus: Corpus, texts: Sequence[st
     return any(corpus.key_of(text) not in store for text in texts)
 
 
+def _is_full(home: Home, engine: Engine) -> bool:
+    """Whether the budget is used up: evicted caches would only evict others, were they built anew."""
+    budget, store = home.settings().budget_bytes, engine.store or home.store()
+    return budget is not None and store.stats().num_bytes > _FULL * budget
+
+
 def file_of(source: str) -> str:
     """The file of a source: without the page or line behind it."""
     return re.sub(r"#(page|line)=\d+$", "", source)
 
 
-def _chunks(text: str, encoder: DocumentEncoder, chunk_tokens: int, *, by_paragraph: bool) -> list[str]:
+class Counter(Protocol):
+    """What cutting needs to know of a model."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text."""
+        ...
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text."""
+        ...
+
+
+def chunks_of(text: str, encoder: Counter, chunk_tokens: int, *, by_paragraph: bool) -> list[str]:
+    """The chunks that `ingest` makes of a text."""
     most = min(chunk_tokens, encoder.max_tokens // 2)  # a question and its answer need room, too
     return split(text, encoder.tokenize, most, by="paragraph" if by_paragraph else "size")

@@ -10,7 +10,7 @@ from typing import Any
 from kvrag.errors import StoreWriteError
 from kvrag.index import Index, Metadata
 from kvrag.neighbours import KEY_FIELD, Encoder, Item, Neighbourhoods
-from kvrag.store.base import KVStore
+from kvrag.store.base import KVStore, Receipt
 from kvrag.store.references import References
 
 logger = logging.getLogger(__name__)
@@ -101,10 +101,21 @@ class Lockstep:
             self._near.require_encoder()
             self._near.note()
 
-    def let_go(self, ids: Sequence[str], told: Sequence[str]) -> None:
-        """Forget what these records refer to, and delete of that, and of `told`, what nobody refers to."""
+    def let_go(self, ids: Sequence[str], told: Sequence[str]) -> list[Receipt]:
+        """Forget what these records refer to, and delete of that, and of `told`, what nobody refers to.
+
+        Returns:
+            What was erased.
+        """
+        receipts: list[Receipt] = []
+
+        def erase(key_id: str) -> Receipt:
+            receipts.append(self._store.delete(key_id))
+            return receipts[-1]
+
         freed = self._references.remove(self._index.id, ids)
-        self._references.collect([*freed, *told], self._store.delete)
+        self._references.collect([*freed, *told], erase)
+        return [receipt for receipt in receipts if receipt.erased]
 
     def settle_unlabelled(self, ids: Sequence[str]) -> None:
         """Finish records that an interrupted call left without an entry."""

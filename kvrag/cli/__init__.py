@@ -1,4 +1,4 @@
-"""The command line: kvrag ingest | ask | ls | rm | stats | reconcile | doctor | demo."""
+"""The command line: what `kvrag` does, each group of commands in a room of its own, in order in `program`."""
 
 from kvrag.cli.program import app, main
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+import json
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-import typer
-
-from kvrag.cli.opening import load_engine, open_home
+from kvrag.cli.opening import chosen_ids, load_engine, open_home
 from kvrag.errors import InputError
 from kvrag.options import (
     ChromaOption,
@@ -17,8 +18,12 @@ from kvrag.options import (
     HomeOption,
     JsonOption,
     ModelOption,
+    NamesArgument,
+    ReceiptOption,
 )
 from kvrag.terminal import print_json, print_rows, progress_bar, size, stderr, stdout
+
+_SHOWN = 5
 
 
 def list_documents(
@@ -44,7 +49,8 @@ def list_documents(
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(help="Ids of chunks, sources, or files.", show_default=False)],
+    names: NamesArgument,
+    receipt: ReceiptOption = None,
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
@@ -52,24 +58,54 @@ def rm(
 ) -> None:
     """Remove chunks by id, or all chunks of a source or file; their caches' bytes go with them.
 
-    Example: kvrag rm notes/old.md
-    """
-    from kvrag.home import file_of  # noqa: PLC0415
+    The receipt says what was erased, and where.
 
+    Example: kvrag rm notes/old.md --receipt erased.json
+    """
     place = open_home(folder, chroma, collection)
     place.settings()
+    if receipt is not None and receipt.exists():
+        raise InputError(f"{receipt} exists; receipts are never overwritten: choose another name")
     with place.corpus() as corpus:
-        sources = {r.id: str(r.metadata.get("source", "")) for r in corpus.documents()}
-        called = {i: {i, source, file_of(source)} for i, source in sources.items()}
-        if unknown := sorted(set(names) - set().union(*called.values())):
-            raise InputError(f"nothing is called {', '.join(unknown)}; kvrag ls shows ids and sources")
-        ids = [i for i, names_of_it in called.items() if names_of_it & set(names)]
-        corpus.delete(ids)
-    place.sweep()
+        deletion = corpus.delete(chosen_ids(corpus, names))
+    deletion = replace(deletion, entries=(*deletion.entries, *place.sweep()))
+    result = {
+        "removed": list(deletion.ids),
+        "collection": deletion.collection,
+        "erased": [asdict(entry) for entry in deletion.entries],
+        "kept": list(deletion.kept),
+        "num_bytes": deletion.num_bytes,
+        "seconds": deletion.seconds,
+    }
+    if receipt is not None:
+        _write(receipt, result)
     if as_json:
-        print_json({"removed": ids})
+        print_json(result)
     else:
-        stdout().print(f"removed {len(ids)} chunks and their caches")
+        _print_deletion(deletion)
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"everything was erased, but the receipt {file} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _print_deletion(deletion: Any) -> None:
+    out = stdout()
+    out.print(f"removed {len(deletion.ids)} chunks and their caches ({size(deletion.num_bytes)})")
+    out.print(f"  collection {deletion.collection}: {len(deletion.ids)} texts, with metadata and vectors")
+    for entry in deletion.entries[:_SHOWN]:
+        for place in entry.erased:
+            out.print(f"  {place.replace(entry.key_id, entry.key_id[:12] + '…')}")
+    if len(deletion.entries) > _SHOWN:
+        out.print(f"  and {len(deletion.entries) - _SHOWN} more caches; --receipt FILE lists all of them")
+    if deletion.kept:
+        out.print(f"  {len(deletion.kept)} caches stay: other chunks have the same text")
 
 
 def stats(
@@ -86,12 +122,17 @@ def stats(
     settings = place.settings()
     with place.corpus() as corpus:
         counts = corpus.stats()
+    with closing(place.store()) as store:
+        pinned = sum(entry.num_bytes for entry in store.entries() if entry.pinned)
     result = {
         "home": str(place.path),
         "model": settings.model,
         "chunks": counts.documents,
         "entries": counts.store.entries,
         "cache_bytes": counts.store.num_bytes,
+        "pinned_bytes": pinned,
+        "budget_bytes": settings.budget_bytes,
+        "ttl_seconds": settings.ttl_seconds,
     }
     if as_json:
         print_json(result)
@@ -99,6 +140,12 @@ def stats(
     out = stdout()
     out.print(f"{counts.documents} chunks, {counts.store.entries} caches, {size(counts.store.num_bytes)}")
     out.print(f"model {settings.model}, folder {place.path}")
+    if pinned:
+        out.print(f"{size(pinned)} pinned")
+    if settings.budget_bytes is not None:
+        out.print(f"budget {size(settings.budget_bytes)}")
+    if settings.ttl_seconds is not None:
+        out.print(f"caches live {settings.ttl_seconds / 86400:g} days")
 
 
 def reconcile(

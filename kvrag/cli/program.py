@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from kvrag.cli import asking, collection, models, reading
+from kvrag.cli import asking, collection, models, moving, planning, reading, upkeep
 from kvrag.errors import KVRagError
 from kvrag.terminal import stderr
 
@@ -29,11 +29,21 @@ app = typer.Typer(
 # In the order of the help; its line of a command is cut at 80 columns, so some have a shorter one.
 _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("ingest", reading.ingest, "Read documents once, and keep their caches."),
+    ("warm", reading.warm, "Build the caches that chunks lack."),
     ("ask", asking.ask, None),
     ("ls", collection.list_documents, None),
     ("rm", collection.rm, "Remove chunks or files, and their caches."),
     ("stats", collection.stats, None),
+    ("size", planning.size_up, "Say what caches would take, and which are worth it."),
+    ("verify", upkeep.verify, "Prove every byte of every cache."),
+    ("gc", upkeep.gc, None),
     ("reconcile", collection.reconcile, "Mend the caches after a crash."),
+    ("pin", upkeep.pin, "Never evict the caches of some chunks."),
+    ("unpin", upkeep.unpin, "Let the caches of some chunks be evicted again."),
+    ("budget", upkeep.budget, "Show or set how much room caches may take."),
+    ("export", moving.export, "Write the collection into one file."),
+    ("import", moving.import_file, "Bring in what kvrag export wrote."),
+    ("keygen", moving.keygen, "Make a pair of keys to sign exports with."),
     ("doctor", models.doctor, "Prove that a model is read exactly; measure quality."),
     ("demo", models.demo, "Answer questions about a made-up collection."),
 )

@@ -21,7 +21,7 @@ from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, SweepR
 from kvrag.store.clock import StoreClock
 from kvrag.store.codec import codec_named
 from kvrag.store.eviction import eviction_named
-from kvrag.store.files import sync_folder, write_error
+from kvrag.store.files import commit, make_folder, sync_folder, write_error
 from kvrag.store.folder import EntryFolder, is_id
 from kvrag.store.hits import Hits
 from kvrag.store.index import Victim
@@ -65,6 +65,7 @@ class DiskStore:
         eviction: what is worth least, by name (`kvrag.store.eviction`). All who put into one folder should
             name the same: whoever evicts with another has all entries weighed anew.
         quotas: bytes by tenant, within the budget: a tenant that is full evicts entries of its own.
+        ttl_seconds: time to live of entries that are put without one of their own; None: no end.
         wall_clock: seconds since 1970, for times to live (`kvrag.store.clock` says what happens if it jumps).
 
     Raises:
@@ -80,13 +81,16 @@ class DiskStore:
         budget_bytes: int | None = None,
         eviction: str = "gdsf",
         quotas: Mapping[str, int] | None = None,
+        ttl_seconds: float | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         if verify not in ("load", "never"):
             raise ConfigError(f"verify={verify!r}: expected 'load' or 'never'")
         eviction_named(eviction)  # refuses unknown names
+        check_times(0.0, ttl_seconds)
         self.path = Path(path)
         self._verify = verify
+        self._ttl_seconds = ttl_seconds
         self._limits = Limits(budget_bytes, dict(quotas or {}))
         self._clock = StoreClock(wall_clock)
         self._folder = EntryFolder(self.path)
@@ -152,6 +156,7 @@ class DiskStore:
                 does not fit into the budget.
         """
         check_rows(key, kv)
+        ttl_seconds = self._ttl_seconds if ttl_seconds is None else ttl_seconds
         check_times(cost_seconds, ttl_seconds)
         if not layout.is_storable(key.fingerprint.dtype):
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
@@ -266,30 +271,51 @@ class DiskStore:
             expired=counts["expired"],
         )
 
-    def sweep(self, *, grace_seconds: float = 3600.0) -> SweepReport:
+    def sweep(self, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> SweepReport:
         """Remove what expired, what crashes left, and what is beyond the budget; mend the index.
 
         Args:
+            dry_run: change nothing, and say what would be removed.
             grace_seconds: where nobody can tell whether a partial file is being written (Windows, or while
                 others write), how old it has to be.
 
         Raises:
             StoreWriteError: the folder is read-only, or a file cannot be removed.
         """
+        if dry_run:
+            return self._upkeep.preview(grace_seconds)
         self._hits.flush()
         try:
             return self._upkeep.sweep(grace_seconds)
         except OSError as error:
             raise write_error(error, self.path) from error
 
-    def check(self, *, fix: bool = False, grace_seconds: float = 3600.0) -> CheckReport:
+    def check(
+        self,
+        *,
+        fix: bool = False,
+        grace_seconds: float = 3600.0,
+        progress: Callable[[int], None] | None = None,
+    ) -> CheckReport:
         """Verify every byte of every entry, find files that belong to none, and compare the index.
 
         Args:
             fix: move damaged entries to `quarantine/`, remove orphans, mend the index.
             grace_seconds: as for `sweep`.
+            progress: told the bytes of each entry once they are verified; may take its time.
         """
-        return self._upkeep.check(fix=fix, grace_seconds=grace_seconds)
+        return self._upkeep.check(fix=fix, grace_seconds=grace_seconds, progress=progress)
+
+    def empty_quarantine(self, older_than_seconds: float, *, dry_run: bool = False) -> tuple[list[str], int]:
+        """Remove damaged entries that were set aside longer ago than this; names of the files, and bytes.
+
+        Raises:
+            StoreWriteError: the folder is read-only.
+        """
+        try:
+            return self._upkeep.empty_quarantine(older_than_seconds, dry_run=dry_run)
+        except OSError as error:
+            raise write_error(error, self.path) from error
 
     def rebuild(self) -> int:
         """Build the index from the files, at any time; the number of entries. Counts of loads are lost.
@@ -308,34 +334,70 @@ class DiskStore:
         Raises:
             CacheMiss: there is no such entry.
         """
-        if key_id not in self:
+        if not is_id(key_id) or not self._folder.exists(key_id):
             raise CacheMiss(f"no entry {key_id[:12]} in {self.path}")
         try:
-            self._verify_entry(key_id)
+            self._upkeep.verify(key_id)
         except Damaged as damage:
             return str(damage)
         return None
 
     def files_of(self, key_id: str) -> tuple[Path, Path]:
-        """Where manifest and data file of an entry lie, or would."""
-        if not _ID.fullmatch(key_id):
-            raise ConfigError(f"{key_id!r} is no name of an entry")
-        return self._files(key_id)
-
-    def adopt(self, other: DiskStore, key_id: str) -> bool:
-        """Move an entry over from another store in the same file system; False if it is here already.
+        """Where manifest and data file of an entry lie, or would.
 
         Raises:
-            StoreWriteError: the files cannot be moved.
+            ConfigError: this is no name of an entry.
         """
-        (manifest, data), (manifest_here, data_here) = other.files_of(key_id), self.files_of(key_id)
+        if not is_id(key_id):
+            raise ConfigError(f"{key_id!r} is no name of an entry")
+        return self._folder.files(key_id)
+
+    def adopt(self, other: DiskStore, key_id: str) -> bool:
+        """Move an entry over from another store in the same file system; false if it is here already.
+
+        Raises:
+            CacheMiss: the other store has no such entry.
+            StoreWriteError: it does not fit into the budget, or the files cannot be moved.
+        """
+        (manifest_there, data_there), (manifest, data) = other.files_of(key_id), self.files_of(key_id)
         try:
-            make_folder(data_here.parent)
-            with exclusive(self._lock_file):
-                if key_id in self:
+            info = other._ledger.describe(key_id)
+            if info is None:
+                raise CacheMiss(f"no entry {key_id[:12]} in {other.path}")
+            self._limits.check_size(info.tenant, info.num_bytes)
+            make_folder(data.parent)
+            with self._ledger.locked():
+                if self._folder.exists(key_id):
                     return False
-                commit(data, data_here)
-                commit(manifest, manifest_here)
+                victims = self._victims(info.tenant, key_id, info.num_bytes)
+                with self._ledger.changing([key_id, *victims], floor=_highest(victims)):
+                    self._erase(victims)
+                    commit(data_there, data)
+                    commit(manifest_there, manifest)
+        except Damaged as damage:
+            raise CacheMiss(f"the entry {key_id[:12]} in {other.path} is damaged: {damage}") from damage
+        except OSError as error:
+            raise error if isinstance(error, StoreWriteError) else write_error(error, self.path) from error
+        return True
+
+    def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
+        """Give an entry another time to live, from now on; None: no end. False if there is none.
+
+        Raises:
+            ConfigError: the time is none.
+            StoreWriteError: the folder cannot be written.
+        """
+        check_times(0.0, ttl_seconds)
+        if key_id not in self:
+            return False
+        try:
+            with self._ledger.locked():
+                before, now = self._folder.manifest(key_id), self._clock.now()
+                manifest = replace(before, created=now, expires=_end(now, ttl_seconds))
+                with self._ledger.changing([key_id], {key_id: manifest}):
+                    self._folder.rewrite(key_id, manifest)
+        except Damaged:
+            return False
         except OSError as error:
             raise write_error(error, self.path) from error
         return True
