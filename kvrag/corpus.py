@@ -213,6 +213,8 @@ class Corpus:
 
         So do entries of other documents that were encoded behind them; those are built anew, behind others.
 
+        An embedded Chroma may hold the bytes of their texts in its file for a while: see `Index.forget`.
+
         Returns:
             What was erased, in every tier of the store.
 
@@ -234,6 +236,11 @@ class Corpus:
                 self._lockstep.settle([record.id for record in behind])
             kept = sorted(key for key in set(named.values()) if self._references.count(key))
             return Deletion(tuple(ids), self._index.name, tuple(receipts), tuple(kept), time.time())
+
+    def forget(self) -> bool:
+        """Overwrite what Chroma's file still holds of deleted texts; false if only a server can."""
+        with self._lock:
+            return self._index.forget()
 
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Documents by id, in this order.

@@ -216,6 +216,17 @@ class Index:
             for batch in self._batches(ids):
                 collection.delete(ids=batch)
 
+    def forget(self) -> bool:
+        """Overwrite what the database's file still holds of deleted and replaced texts; false if it cannot.
+
+        Takes as long as copying the file; a server's file is the server's own.
+
+        Raises:
+            CorpusLocked: another process is writing.
+        """
+        self.begin_writing()
+        return self._database.forget()
+
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Those of the records that are there, in the order of `ids`."""
         found: dict[str, Record] = {}

@@ -159,7 +159,8 @@ def collect(home: Home, *, quarantine_seconds: float = 30 * DAY, dry_run: bool =
 
     That is: caches whose time to live is over, what crashes left behind, caches that no document of any
     collection refers to (answers of other models leave them), what is beyond the budget, damaged entries that
-    were set aside long ago, and what killed imports left.
+    were set aside long ago, and what killed imports left. Deleted texts that an embedded Chroma still holds
+    are overwritten, too.
 
     Args:
         home: where to sweep.
@@ -187,6 +188,9 @@ def collect(home: Home, *, quarantine_seconds: float = 30 * DAY, dry_run: bool =
         names, num_bytes = store.empty_quarantine(quarantine_seconds, dry_run=dry_run)
         found.append(Rubbish("quarantine", (*swept.quarantined, *names), num_bytes))
     found.append(_imports(home, dry_run=dry_run))
+    if not dry_run:
+        with closing(home.index()) as index:
+            index.forget()
     return SweepResult(tuple(some for some in found if some.names), dry_run)
 
 

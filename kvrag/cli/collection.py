@@ -68,10 +68,12 @@ def rm(
         raise InputError(f"{receipt} exists; receipts are never overwritten: choose another name")
     with place.corpus() as corpus:
         deletion = corpus.delete(chosen_ids(corpus, names))
+        is_overwritten = corpus.forget()
     deletion = replace(deletion, entries=(*deletion.entries, *place.sweep()))
     result = {
         "removed": list(deletion.ids),
         "collection": deletion.collection,
+        "texts_overwritten": is_overwritten,
         "erased": [asdict(entry) for entry in deletion.entries],
         "kept": list(deletion.kept),
         "num_bytes": deletion.num_bytes,
@@ -82,7 +84,7 @@ def rm(
     if as_json:
         print_json(result)
     else:
-        _print_deletion(deletion)
+        _print_deletion(deletion, is_overwritten=is_overwritten)
 
 
 def _write(file: Path, result: dict[str, Any]) -> None:
@@ -95,10 +97,13 @@ def _write(file: Path, result: dict[str, Any]) -> None:
         ) from error
 
 
-def _print_deletion(deletion: Any) -> None:
+def _print_deletion(deletion: Any, *, is_overwritten: bool) -> None:
     out = stdout()
     out.print(f"removed {len(deletion.ids)} chunks and their caches ({size(deletion.num_bytes)})")
-    out.print(f"  collection {deletion.collection}: {len(deletion.ids)} texts, with metadata and vectors")
+    where = (
+        "and overwritten in Chroma's file" if is_overwritten else "and Chroma may hold their bytes a while"
+    )
+    out.print(f"  collection {deletion.collection}: {len(deletion.ids)} texts with metadata, {where}")
     for entry in deletion.entries[:_SHOWN]:
         for place in entry.erased:
             out.print(f"  {place.replace(entry.key_id, entry.key_id[:12] + '…')}")

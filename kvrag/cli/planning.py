@@ -110,7 +110,7 @@ def _print(report: Any, top: int) -> None:
         )
         if len(report.documents) > top:
             out.print(f"and {len(report.documents) - top} more; --top shows more, --json all of them")
-    out.print("\nsaves: to the first token, for each chunk of a question; pays after: so many questions")
+    out.print("\nsaves: until the first token, per chunk of a question; pays after: questions")
 
 
 def _times(count: int | None) -> str:
