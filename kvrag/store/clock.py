@@ -55,10 +55,9 @@ class StoreClock:
             return self._last, self._ahead
 
     def merge(self, last: float, ahead: float) -> None:
-        """Learn what another clock of the same store has seen."""
+        """Learn what another clock of the same store has seen: both numbers of its `state`."""
         with self._lock:
-            wall = self._observe()
-            step = last - wall
+            step = last - self._observe()
             self._ahead = max(self._ahead, ahead + (step if step > _SMALLEST_STEP else 0.0))
 
     def _observe(self) -> float:

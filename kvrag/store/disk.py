@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
-from kvrag.segments import KV, LayerKV, LazyLayers
-from kvrag.store import advice, layout
+from kvrag.segments import KV
+from kvrag.store import layout
 from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, SweepReport, check_rows, check_times
 from kvrag.store.clock import StoreClock
 from kvrag.store.codec import codec_named
+from kvrag.store.counts import Counts
 from kvrag.store.eviction import eviction_named
-from kvrag.store.files import commit, make_folder, sync_folder, write_error
+from kvrag.store.files import write_error
 from kvrag.store.folder import EntryFolder, is_id
 from kvrag.store.hits import Hits
-from kvrag.store.index import Victim
-from kvrag.store.kept import KeptEntries, Signature
-from kvrag.store.key import EntryKey, token_bytes
+from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged, Manifest
-from kvrag.store.lazy import MappedLayers
 from kvrag.store.ledger import Ledger
+from kvrag.store.loading import Loader
 from kvrag.store.room import Limits
 from kvrag.store.upkeep import Upkeep
+from kvrag.store.writing import Writer
 
-logger = logging.getLogger(__name__)
-
-_MAX_READS = 3
 _NO_EXPIRY = b'"expires":null'
 
 
@@ -89,21 +80,17 @@ class DiskStore:
         eviction_named(eviction)  # refuses unknown names
         check_times(0.0, ttl_seconds)
         self.path = Path(path)
-        self._verify = verify
         self._ttl_seconds = ttl_seconds
         self._limits = Limits(budget_bytes, dict(quotas or {}))
         self._clock = StoreClock(wall_clock)
         self._folder = EntryFolder(self.path)
         self._ledger = Ledger(self._folder, self._clock, eviction)
         self._hits = Hits(self._ledger, self._clock)
-        self._upkeep = Upkeep(
-            self._folder, self._ledger, self._clock, self._limits, self._evict, self._set_aside
-        )
-        self._kept = KeptEntries(keep_bytes)
-        self._signature = self._folder.signature
-        self._lost: dict[str, Signature] = {}
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._counts = Counts()
+        around = (self._folder, self._ledger, self._clock)
+        self._loader = Loader(*around, self._counts, verify=verify, keep_bytes=keep_bytes)
+        self._writer = Writer(*around, self._limits, self._hits, self._loader, self._counts)
+        self._upkeep = Upkeep(*around, self._limits, self._writer.evict, self._loader.set_aside)
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows: as views of its mapped file, or decoded where a codec wrote them.
@@ -120,27 +107,10 @@ class DiskStore:
         Raises:
             CacheMiss: absent or expired, or damaged or foreign and then moved to `quarantine/` and counted.
         """
-        for _ in range(_MAX_READS):
-            signature = self._signature(key.id)
-            if signature is None or self._lost.get(key.id) == signature:
-                break
-            try:
-                kept = self._kept.get(key.id, signature)
-                if kept is None or (isinstance(kept.kv.layers, LazyLayers) and not by_layer):
-                    kv = self._load(key, signature, by_layer=by_layer)
-                else:
-                    kv = kept.kv
-                    if kept.expires is not None:
-                        self._check_time(key.id, kept.expires)
-            except Damaged as damage:
-                if self._signature(key.id) != signature:
-                    continue  # it was being replaced while we read it
-                self._set_aside(key.id, str(damage), signature)
-                break
-            self._count("hits")
-            self._hits.count(key.id)
-            return kv
-        raise self._miss(key.id)
+        kv = self._loader.get(key, by_layer=by_layer)
+        self._counts.add("hits")
+        self._hits.count(key.id)
+        return kv
 
     def put(
         self, key: EntryKey, kv: KV, *, cost_seconds: float = 0.0, ttl_seconds: float | None = None
@@ -161,17 +131,58 @@ class DiskStore:
         if not layout.is_storable(key.fingerprint.dtype):
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
         codec_named(key.fingerprint.codec)  # refuses unknown names
+        with self._writing():
+            self._writer.put(key, kv, cost_seconds, ttl_seconds)
+
+    def put_bytes(self, key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) -> bool:
+        """Write an entry as it lies in another store; false if there is one of this id already.
+
+        Args:
+            key_id: of the entry.
+            manifest: the content of its manifest.
+            data: the content of its data file, in pieces.
+
+        Raises:
+            ConfigError: these are not the bytes of an entry.
+            StoreWriteError: nothing was written; the message says what to do.
+        """
+        found = _proven(key_id, manifest, data)
+        with self._writing():
+            return self._writer.put_bytes(key_id, found, data)
+
+    def adopt(self, other: DiskStore, key_id: str) -> bool:
+        """Take an entry over from another store in the same file system; false if it is here already.
+
+        Its files are renamed, so it is not there any more afterwards.
+
+        Raises:
+            CacheMiss: the other store has no such entry.
+            StoreWriteError: the files cannot be moved.
+        """
+        files = other.files_of(key_id)
         try:
-            if not self._is_intact(key):
-                self._write(key, kv, cost_seconds, ttl_seconds)
-            elif cost_seconds or ttl_seconds is not None or self._expires(key.id) is not None:
-                self._renew(key, cost_seconds, ttl_seconds)
-        except StoreWriteError:
-            self._count("write_failures")
-            raise
-        except OSError as error:
-            self._count("write_failures")
-            raise write_error(error, self.path) from error
+            manifest = other._folder.manifest(key_id)
+        except Damaged as damage:
+            raise CacheMiss(f"no usable entry {key_id[:12]} in {other.path}: {damage}") from damage
+        with self._writing():
+            has_moved = self._writer.adopt(key_id, manifest, files)
+        if has_moved:
+            with other._writing(), other._ledger.locked():
+                other._ledger.settle([key_id])
+        return has_moved
+
+    def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
+        """Give an entry another time to live, from now on; None: no end. False if there is none.
+
+        Raises:
+            ConfigError: the time is none.
+            StoreWriteError: the folder cannot be written.
+        """
+        check_times(0.0, ttl_seconds)
+        if key_id not in self:
+            return False
+        with self._writing():
+            return self._writer.expire(key_id, ttl_seconds)
 
     def delete(self, key_id: str) -> Receipt:
         """Remove the entry, its bytes, its pin, and what quarantine or an interrupted write has of it.
@@ -183,14 +194,8 @@ class DiskStore:
         """
         if not is_id(key_id):
             return Receipt(key_id, False)
-        self._kept.drop(key_id)
-        try:
-            if not self._folder.traces(key_id):
-                return Receipt(key_id, False)
-            with self._ledger.locked():
-                return self._delete(key_id)
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        with self._writing():
+            return self._writer.delete(key_id)
 
     def __contains__(self, key: object) -> bool:
         """Whether an entry exists under this `EntryKey` or id, its time to live not over; reads no rows."""
@@ -199,7 +204,7 @@ class DiskStore:
             return False
         try:
             raw = self._folder.files(key_id)[0].read_bytes()
-            return _NO_EXPIRY in raw or not self._is_over(layout.parse_manifest(raw).expires)
+            return _NO_EXPIRY in raw or not self._loader.is_over(layout.parse_manifest(raw))
         except FileNotFoundError:
             return False
         except (OSError, Damaged):
@@ -244,15 +249,8 @@ class DiskStore:
         """
         if not is_id(key_id) or not self._folder.exists(key_id):
             return False
-        try:
-            with self._ledger.locked():
-                if not self._folder.exists(key_id):
-                    return False
-                with self._ledger.changing([key_id]):
-                    self._folder.pin(key_id, pinned)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        return True
+        with self._writing():
+            return self._writer.pin(key_id, pinned)
 
     def stats(self) -> StoreStats:
         """Counts since this object was made, and sizes on the disk; expired entries count until swept."""
@@ -285,10 +283,17 @@ class DiskStore:
         if dry_run:
             return self._upkeep.preview(grace_seconds)
         self._hits.flush()
-        try:
+        with self._writing():
             return self._upkeep.sweep(grace_seconds)
-        except OSError as error:
-            raise write_error(error, self.path) from error
+
+    def empty_quarantine(self, older_than_seconds: float, *, dry_run: bool = False) -> tuple[list[str], int]:
+        """Remove damaged entries that were set aside longer ago than this; names of the files, and bytes.
+
+        Raises:
+            StoreWriteError: the folder is read-only.
+        """
+        with self._writing():
+            return self._upkeep.empty_quarantine(older_than_seconds, dry_run=dry_run)
 
     def check(
         self,
@@ -303,19 +308,12 @@ class DiskStore:
             fix: move damaged entries to `quarantine/`, remove orphans, mend the index.
             grace_seconds: as for `sweep`.
             progress: told the bytes of each entry once they are verified; may take its time.
-        """
-        return self._upkeep.check(fix=fix, grace_seconds=grace_seconds, progress=progress)
-
-    def empty_quarantine(self, older_than_seconds: float, *, dry_run: bool = False) -> tuple[list[str], int]:
-        """Remove damaged entries that were set aside longer ago than this; names of the files, and bytes.
 
         Raises:
-            StoreWriteError: the folder is read-only.
+            StoreWriteError: it cannot be mended, the folder is read-only.
         """
-        try:
-            return self._upkeep.empty_quarantine(older_than_seconds, dry_run=dry_run)
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        with self._writing():
+            return self._upkeep.check(fix=fix, grace_seconds=grace_seconds, progress=progress)
 
     def rebuild(self) -> int:
         """Build the index from the files, at any time; the number of entries. Counts of loads are lost.
@@ -323,10 +321,8 @@ class DiskStore:
         Raises:
             StoreWriteError: the folder is read-only.
         """
-        try:
+        with self._writing():
             return self._ledger.rebuild()
-        except OSError as error:
-            raise write_error(error, self.path) from error
 
     def damage(self, key_id: str) -> str | None:
         """What is wrong with an entry's bytes, every one of them read; None if nothing is.
@@ -346,278 +342,42 @@ class DiskStore:
         """Where manifest and data file of an entry lie, or would.
 
         Raises:
-            ConfigError: this is no name of an entry.
+            ConfigError: no entry can have this name.
         """
         if not is_id(key_id):
-            raise ConfigError(f"{key_id!r} is no name of an entry")
+            raise ConfigError(f"{key_id!r} is no name of an entry: expected 64 hex digits")
         return self._folder.files(key_id)
-
-    def adopt(self, other: DiskStore, key_id: str) -> bool:
-        """Move an entry over from another store in the same file system; false if it is here already.
-
-        Raises:
-            CacheMiss: the other store has no such entry.
-            StoreWriteError: it does not fit into the budget, or the files cannot be moved.
-        """
-        (manifest_there, data_there), (manifest, data) = other.files_of(key_id), self.files_of(key_id)
-        try:
-            info = other._ledger.describe(key_id)
-            if info is None:
-                raise CacheMiss(f"no entry {key_id[:12]} in {other.path}")
-            self._limits.check_size(info.tenant, info.num_bytes)
-            make_folder(data.parent)
-            with self._ledger.locked():
-                if self._folder.exists(key_id):
-                    return False
-                victims = self._victims(info.tenant, key_id, info.num_bytes)
-                with self._ledger.changing([key_id, *victims], floor=_highest(victims)):
-                    self._erase(victims)
-                    commit(data_there, data)
-                    commit(manifest_there, manifest)
-        except Damaged as damage:
-            raise CacheMiss(f"the entry {key_id[:12]} in {other.path} is damaged: {damage}") from damage
-        except OSError as error:
-            raise error if isinstance(error, StoreWriteError) else write_error(error, self.path) from error
-        return True
-
-    def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
-        """Give an entry another time to live, from now on; None: no end. False if there is none.
-
-        Raises:
-            ConfigError: the time is none.
-            StoreWriteError: the folder cannot be written.
-        """
-        check_times(0.0, ttl_seconds)
-        if key_id not in self:
-            return False
-        try:
-            with self._ledger.locked():
-                before, now = self._folder.manifest(key_id), self._clock.now()
-                manifest = replace(before, created=now, expires=_end(now, ttl_seconds))
-                with self._ledger.changing([key_id], {key_id: manifest}):
-                    self._folder.rewrite(key_id, manifest)
-        except Damaged:
-            return False
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        return True
 
     def close(self) -> None:
         """Forget the mappings; rows already handed out stay valid, and the store can be used again."""
         self._hits.flush()
-        self._kept.clear()
+        self._loader.kept.clear()
         self._ledger.close()
 
-    def _count(self, what: str, number: int = 1) -> None:
-        with self._lock:
-            self._counts[what] += number
-
-    def _miss(self, key_id: str) -> CacheMiss:
-        """Forget and count an entry that is not usable; the error to raise."""
-        self._kept.drop(key_id)
-        self._count("misses")
-        return CacheMiss(f"no usable entry {key_id[:12]} in {self.path}")
-
-    def _expires(self, key_id: str) -> float | None:
-        """Until when an entry may be handed out; None: no end, or there is none."""
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Count what fails, and say what a person can do about it."""
         try:
-            return self._folder.manifest(key_id).expires
-        except Damaged:
-            return None
-
-    def _is_over(self, expires: float | None) -> bool:
-        return expires is not None and expires <= self._clock.now()
-
-    def _check_time(self, key_id: str, expires: float | None, made: float = 0.0) -> None:
-        """Refuse an entry whose time to live is over.
-
-        Raises:
-            CacheMiss: it is.
-        """
-        if expires is not None and expires <= self._clock.at_least(made):
-            self._count("expired")
-            raise self._miss(key_id)
-
-    def _load(self, key: EntryKey, signature: Signature, *, by_layer: bool = False) -> KV:
-        """Map, verify and remember an entry; by layer only what lies around the rows is verified.
-
-        Raises:
-            Damaged: it is not what its manifest and this key say.
-            CacheMiss: its time to live is over.
-        """
-        manifest = self._folder.manifest(key.id)
-        fields = key.fingerprint.fields()
-        if manifest.fingerprint != fields:
-            other = {name: manifest.fingerprint.get(name) for name, v in fields.items()}
-            raise Damaged(f"the entry was made for {other}, asked for was {fields}")
-        self._check_time(key.id, manifest.expires, manifest.created)
-        data = layout.map_file(self._folder.files(key.id)[1], manifest)
-        if by_layer:
-            advice.read_nothing_ahead(data)
-        if self._verify == "load":
-            (layout.verify_frame if by_layer else layout.verify)(data, manifest)
-        if layout.stored_tokens(data, manifest) != token_bytes(key.tokens):
-            raise Damaged("the entry holds other tokens")
-        layer = layout.reader(data, manifest, key)
-        if by_layer:
-            kv = self._by_layer(key, signature, data, manifest, layer)
-        else:
-            kv = KV(key.tokens, tuple(map(layer, range(len(manifest.layers)))))
-            self._count("bytes_read", sum(end - start for start, end in manifest.layer_spans()))
-        self._keep(key.id, signature, manifest, kv)
-        return kv
-
-    def _by_layer(
-        self,
-        key: EntryKey,
-        signature: Signature,
-        data: torch.Tensor,
-        manifest: Manifest,
-        layer: Callable[[int], LayerKV],
-    ) -> KV:
-        """The same rows, each layer verified, decoded and counted when it is first touched."""
-        spans = list(manifest.layer_spans())
-
-        def prove(number: int) -> LayerKV:
-            start, end = spans[number]
-            advice.read_soon(data, start, end)
-            try:
-                if self._verify == "load":
-                    layout.verify_layer(data, manifest, number, (start, end))
-            except Damaged as damage:
-                self._lose(key.id, signature, damage)
-                raise self._miss(key.id) from damage
-            self._count("bytes_read", end - start)
-            return layer(number)
-
-        def finish() -> None:
-            whole = KV(key.tokens, tuple(layers))
-            self._keep(key.id, signature, manifest, whole)  # from now on like one loaded at once
-
-        layers = MappedLayers(len(key.tokens), manifest.row_bytes(), prove, finish)
-        return KV(key.tokens, layers)
-
-    def _keep(self, key_id: str, signature: Signature, manifest: Manifest, kv: KV) -> None:
-        if self._signature(key_id) == signature:
-            size = max(manifest.file_size, sum(manifest.row_bytes()))
-            self._kept.keep(key_id, signature, kv, size, manifest.expires)
-
-    def _lose(self, key_id: str, signature: Signature, damage: Damaged) -> None:
-        """Set an entry aside that was handed out before, unless other files have taken its place."""
-        if self._signature(key_id) != signature or self._lost.get(key_id) == signature:
-            return
-        self._set_aside(key_id, str(damage), signature)
-        if self._signature(key_id) == signature:
-            # A read-only store. Its header is intact: without this, who starts over would find it again.
-            self._lost[key_id] = signature
-
-    def _is_intact(self, key: EntryKey) -> bool:
-        signature = self._signature(key.id)
-        if signature is None:
-            return False
-        try:
-            self._load(key, signature)
-        except Damaged:
-            return False
-        return True
-
-    def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
-        now = self._clock.now()
-        manifest, parts = layout.encode(key.fingerprint, kv, now)
-        manifest = replace(manifest, cost_seconds=cost_seconds, expires=_end(now, ttl_seconds))
-        tenant, num_bytes = key.fingerprint.tenant, manifest.file_size + len(layout.dump_manifest(manifest))
-        self._limits.check_size(tenant, num_bytes)
-        with self._folder.writing(key.id, manifest, parts) as commit, self._ledger.locked():
-            if self._is_intact(key):
-                return  # another process was faster
-            self._kept.drop(key.id)
-            victims = self._victims(tenant, key.id, num_bytes)
-            with self._ledger.changing([key.id, *victims], {key.id: manifest}, floor=_highest(victims)):
-                self._erase(victims)
-                commit()
-
-    def _renew(self, key: EntryKey, cost_seconds: float, ttl_seconds: float | None) -> None:
-        """Write another manifest for the same rows."""
-        with self._ledger.locked():
-            if not self._is_intact(key):
-                return  # deleted or damaged since: a miss, as if it had been so before
-            before, now = self._folder.manifest(key.id), self._clock.now()
-            manifest = replace(
-                before,
-                cost_seconds=cost_seconds or before.cost_seconds,
-                created=now if ttl_seconds is not None else before.created,
-                expires=_end(now, ttl_seconds),
-            )
-            if manifest != before:
-                with self._ledger.changing([key.id], {key.id: manifest}):
-                    self._folder.rewrite(key.id, manifest)
-
-    def _victims(self, tenant: str, key_id: str, num_bytes: int) -> dict[str, Victim]:
-        """What has to go so that an entry fits; the caller holds the lock.
-
-        Raises:
-            StoreWriteError: it cannot fit, or nobody can tell.
-        """
-        if not self._limits.of(tenant):
-            return {}
-        self._hits.flush()
-        now = self._clock.now()
-        found = self._ledger.ask(lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now))
-        if found is None:
-            raise StoreWriteError(
-                f"the index of {self.path} cannot be written, and without it nobody can keep a budget: "
-                "free some space on its disk, or open the store without budget_bytes and quotas"
-            )
-        return {victim.id: victim for victim in found}
-
-    def _evict(self, victims: Sequence[Victim]) -> None:
-        """Erase entries that are too many; the caller holds the lock."""
-        chosen = {victim.id: victim for victim in victims}
-        with self._ledger.changing(list(chosen), floor=_highest(chosen)):
-            self._erase(chosen)
-
-    def _erase(self, victims: Mapping[str, Victim]) -> None:
-        for key_id in victims:
-            if self._folder.is_pinned(key_id):
-                continue  # the index did not know; it does from now on
-            self._kept.drop(key_id)
-            self._count("evicted_bytes", self._folder.erase(key_id))
-            self._count("evictions")
-
-    def _delete(self, key_id: str) -> Receipt:
-        """Remove every trace of an entry; the caller holds the lock."""
-        existed = self._folder.exists(key_id)
-        erased, num_bytes = [], 0
-        had_row = self._ledger.ask(lambda index: index.info(key_id)) is not None
-        with self._ledger.changing([key_id]):
-            for file in self._folder.erasable(key_id):
-                num_bytes += file.stat().st_size
-                file.unlink()
-                erased.append(f"disk: {file.relative_to(self.path)}")
-            if erased:
-                sync_folder(self._folder.files(key_id)[0].parent)
-        if had_row and self._ledger.ask(lambda index: index.info(key_id)) is None:
-            erased.append("disk: index")
-        return Receipt(key_id, existed, tuple(erased), num_bytes)
-
-    def _set_aside(self, key_id: str, reason: str, signature: Signature) -> None:
-        """Move a damaged entry out of the way, for a person to look at; the manifest first."""
-        self._count("damaged")
-        logger.warning(
-            "entry %s in %s is not usable and will be recomputed: %s", key_id[:12], self.path, reason
-        )
-        try:
-            with self._ledger.locked():
-                if self._signature(key_id) == signature:  # else somebody has mended it meanwhile
-                    with self._ledger.changing([key_id]):
-                        self._folder.set_aside(key_id)
+            yield
+        except StoreWriteError:
+            self._counts.add("write_failures")
+            raise
         except OSError as error:
-            logger.warning("it could not be moved aside: %s", error)
+            self._counts.add("write_failures")
+            raise write_error(error, self.path) from error
 
 
-def _end(now: float, ttl_seconds: float | None) -> float | None:
-    return None if ttl_seconds is None else now + ttl_seconds
+def _proven(key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) -> Manifest:
+    """The manifest of an entry from elsewhere.
 
-
-def _highest(victims: Mapping[str, Victim]) -> float:
-    return max((victim.priority for victim in victims.values()), default=0.0)
+    Raises:
+        ConfigError: it is none, or the data is not what it says.
+    """
+    if not is_id(key_id):
+        raise ConfigError(f"{key_id!r} is no name of an entry: expected 64 hex digits")
+    try:
+        found = layout.parse_manifest(manifest)
+        layout.verify_parts(data, found)
+    except Damaged as damage:
+        raise ConfigError(f"these are not the bytes of entry {key_id[:12]}: {damage}") from damage
+    return found

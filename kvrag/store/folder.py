@@ -60,23 +60,25 @@ class EntryFolder:
 
     Args:
         path: the store's folder, which needs not exist.
+        suffix: of the data files.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, suffix: str = "safetensors") -> None:
         self.path = path
         self._root = str(path)
+        self._suffix = suffix
 
     # --- looking ---
 
     def files(self, key_id: str) -> tuple[Path, Path]:
         """Manifest and data file of an entry."""
         folder = self.path / key_id[:2]
-        return folder / f"{key_id}.json", folder / f"{key_id}.safetensors"
+        return folder / f"{key_id}.json", folder / f"{key_id}.{self._suffix}"
 
     def signature(self, key_id: str) -> Signature | None:
         """What both files look like from outside; None if there is no manifest."""
         found = []
-        for suffix in ("json", "safetensors"):
+        for suffix in ("json", self._suffix):
             try:
                 stat = os.stat(f"{self._root}/{key_id[:2]}/{key_id}.{suffix}")  # Path takes longer than stat
                 found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
@@ -132,7 +134,7 @@ class EntryFolder:
             elif stem[:2] == prefix and is_id(stem):
                 if suffix == "json":
                     listing.entries.add(stem)
-                elif suffix == "safetensors":
+                elif suffix == self._suffix:
                     data.add(stem)
         listing.orphans = data - listing.entries
         return listing
@@ -196,7 +198,7 @@ class EntryFolder:
         manifest_file, data_file = self.files(key_id)
         make_folder(data_file.parent)
         stem = f"{key_id}.{uuid.uuid4().hex}"
-        data_part = data_file.with_name(f"{stem}.safetensors{PARTIAL}")
+        data_part = data_file.with_name(f"{stem}.{self._suffix}{PARTIAL}")
         manifest_part = data_file.with_name(f"{stem}.json{PARTIAL}")
 
         def finish() -> None:

@@ -50,7 +50,7 @@ class Hits:
                 self._rest()
             if not hits:
                 return
-            unknown = self._ledger.ask(lambda index: index.hit(hits, self._clock.state()))
+            unknown = self._ledger.ask(lambda index: index.hit(hits, self._clock))
             if unknown:
                 self._ledger.adopt(unknown)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrag.store.base import EntryInfo
+from kvrag.store.clock import StoreClock
 from kvrag.store.eviction import Use, eviction_named
 from kvrag.store.index_file import Unbuilt, connect
 
@@ -229,13 +230,13 @@ class EntryIndex:
             self._db.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'floor'", (floor,))
             self._db.executemany("INSERT OR IGNORE INTO pending VALUES (?)", [(key,) for key in key_ids])
 
-    def finish(self, there: Iterable[EntryInfo], gone: Sequence[str], clock: tuple[float, float]) -> None:
+    def finish(self, there: Iterable[EntryInfo], gone: Sequence[str], clock: StoreClock) -> None:
         """Note what the files say now, and that they are done changing.
 
         Args:
             there: entries that exist; known ones keep their hits.
             gone: ids that do not.
-            clock: the store's clock (`StoreClock.state`).
+            clock: of the store; learns what the index knows, and the other way round.
         """
         with self._transaction():
             for info in there:
@@ -243,14 +244,14 @@ class EntryIndex:
                 self._db.execute("DELETE FROM pending WHERE id = ?", (info.id,))
             for delete in ("DELETE FROM entries WHERE id = ?", "DELETE FROM pending WHERE id = ?"):
                 self._db.executemany(delete, [(key,) for key in gone])
-            self._set_clock(clock)
+            self._keep_time(clock)
 
-    def hit(self, hits: Sequence[tuple[str, int]], clock: tuple[float, float]) -> list[str]:
+    def hit(self, hits: Sequence[tuple[str, int]], clock: StoreClock) -> list[str]:
         """Count loads, given in the order of their last; ids that the index does not know.
 
         Args:
             hits: (id, loads).
-            clock: the store's clock.
+            clock: of the store, as for `finish`.
         """
         unknown = []
         with self._transaction():
@@ -259,7 +260,7 @@ class EntryIndex:
                 values = {"id": key, "n": number, "clock": self._tick(), "floor": floor}
                 if self._db.execute(_HIT, values).rowcount == 0:
                     unknown.append(key)
-            self._set_clock(clock)
+            self._keep_time(clock)
         return unknown
 
     def use_policy(self) -> None:
@@ -313,9 +314,11 @@ class EntryIndex:
         self._db.execute("UPDATE meta SET value = value + 1 WHERE name = 'clock'")
         return int(self._meta("clock"))
 
-    def _set_clock(self, clock: tuple[float, float]) -> None:
-        for name, value in zip(("wall", "ahead"), clock, strict=True):
-            self._db.execute("UPDATE meta SET value = max(value, ?) WHERE name = ?", (value, name))
+    def _keep_time(self, clock: StoreClock) -> None:
+        # Both numbers belong together, so they are joined with those of others before they are written.
+        clock.merge(*self.clock_state())
+        for name, value in zip(("wall", "ahead"), clock.state(), strict=True):
+            self._set(name, value)
 
     def _meta(self, name: str) -> float:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()

@@ -33,8 +33,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         return _connect_to_read(path)
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
-        wanted = "TRUNCATE" if is_on_network(path.parent) else "WAL"
-        (mode,) = db.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        mode = _use_journal(db, path.parent)
         if mode != "wal":
             logger.info("the index %s keeps a rollback journal (%s): slower, but right", path, mode)
         # A crash of the machine may take the last changes back; they are found again by what the files say.
@@ -44,6 +43,15 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _use_journal(db: sqlite3.Connection, folder: Path) -> str:
+    if not is_on_network(folder):
+        with suppress(sqlite3.OperationalError):  # no memory can be shared here
+            (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            return str(mode)
+    (mode,) = db.execute("PRAGMA journal_mode = TRUNCATE").fetchone()
+    return str(mode)
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:

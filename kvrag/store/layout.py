@@ -268,6 +268,18 @@ def verify(data: torch.Tensor, manifest: Manifest) -> None:
         verify_layer(data, manifest, number, span)
 
 
+def verify_parts(parts: Sequence[bytes | memoryview], manifest: Manifest) -> None:
+    """The same for a data file that is not one yet: its bytes, in pieces.
+
+    Raises:
+        Damaged: they differ.
+    """
+    data = torch.frombuffer(bytearray().join(parts) or bytearray(1), dtype=torch.uint8)
+    if data.nbytes != manifest.file_size:
+        raise Damaged(f"there are {data.nbytes} bytes, the manifest says {manifest.file_size}")
+    verify(data, manifest)
+
+
 def verify_frame(data: torch.Tensor, manifest: Manifest) -> None:
     """Compare the bytes around the rows, header and tokens, with their checksums; touches no others.
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from kvrag.errors import StoreWriteError
 from kvrag.store.base import EntryInfo
 from kvrag.store.clock import StoreClock
 from kvrag.store.files import remove
@@ -124,7 +125,7 @@ class Ledger:
                 gone.append(key_id)
             else:
                 there.append(info)
-        self.ask(lambda index: index.finish(there, gone, self._clock.state()))
+        self.ask(lambda index: index.finish(there, gone, self._clock))
         return damaged
 
     def describe(self, key_id: str, manifest: Manifest | None = None) -> EntryInfo | None:
@@ -177,6 +178,8 @@ class Ledger:
                     return work(self._index)
             except Unbuilt:
                 self._distrust()
+            except StoreWriteError:
+                raise  # what `work` says, not what happened to the index
             except sqlite3.ProgrammingError:
                 continue  # closed by another thread since
             except sqlite3.Error as error:
@@ -268,8 +271,7 @@ class Ledger:
         self.close()
         remove_index(self.path)
         self._set(EntryIndex(self.path, self._eviction, build=self.described()))
-        state = self._clock.state()
-        self.ask(lambda index: index.finish((), (), state))
+        self.ask(lambda index: index.finish((), (), self._clock))
 
     def described(self) -> Iterator[EntryInfo]:
         """What the files say of all entries, one manifest after another."""
@@ -299,6 +301,8 @@ class Ledger:
         return stat.st_dev, stat.st_ino
 
     def _warn(self, error: Exception) -> None:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY:
+            return  # a store on read-only media is nothing to warn of
         if not self._has_warned:
             logger.warning("the store %s goes on without its index: %s", self._folder.path, error)
         self._has_warned = True
@@ -314,19 +318,19 @@ class Ledger:
 
 
 _LEDGERS: weakref.WeakSet[Ledger] = weakref.WeakSet()
-_forking: list[Ledger] = []
+_forking = threading.local()
 
 
 def _before_fork() -> None:
-    _forking[:] = _LEDGERS
-    for ledger in _forking:
+    _forking.ledgers = list(_LEDGERS)
+    for ledger in _forking.ledgers:
         ledger.before_fork()
 
 
 def _after_fork() -> None:
-    for ledger in _forking:
+    for ledger in _forking.ledgers:
         ledger.after_fork()
-    _forking.clear()
+    _forking.ledgers = []
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,14 @@ import torch
 
 from kvrag.errors import CacheMiss, ConfigError
 from kvrag.segments import KV, LayerKV
+from kvrag.store import layout
 from kvrag.store.base import KVStore
+from kvrag.store.folder import EntryFolder
 from kvrag.store.key import EntryKey, Fingerprint
+
+
+FILLED_SHAPES = ((1, 4, 4),)
+"""(K, D, Dv) of the layers of entries made by `fill`."""
 
 
 def example_fingerprint(**changes: Any) -> Fingerprint:
@@ -260,3 +267,32 @@ class KVStoreContract(ABC):
         """A key made elsewhere names the same entry."""
         key, kv = self.put(store, 1, 2, 3)
         assert_same_rows(store.get(EntryKey(replace(key.fingerprint), tuple(key.tokens))), kv)
+
+
+def fill(path: Path, count: int, *, num_tokens: int = 4, tenants: Sequence[str] = ("",)) -> list[EntryKey]:
+    """Make many small entries in an empty folder, quickly: nothing is synced, and no index is made.
+
+    Args:
+        path: of the folder.
+        count: how many.
+        num_tokens: of every entry; above 1, so that no two are alike.
+        tenants: of the entries, in turns.
+
+    Returns:
+        The keys; `example_rows(key.tokens, shapes=FILLED_SHAPES)` are their rows.
+    """
+    folder = EntryFolder(path)
+    keys = []
+    for prefix in range(256):
+        (path / f"{prefix:02x}").mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        tokens = (number // 50_000, number % 50_000, *range(num_tokens - 2))
+        key = EntryKey(example_fingerprint(tenant=tenants[number % len(tenants)]), tokens)
+        manifest, parts = layout.encode(
+            key.fingerprint, example_rows(tokens, shapes=FILLED_SHAPES), 1e9 + number
+        )
+        manifest_file, data_file = folder.files(key.id)
+        data_file.write_bytes(b"".join(parts))
+        manifest_file.write_bytes(layout.dump_manifest(manifest))
+        keys.append(key)
+    return keys

@@ -204,7 +204,7 @@ def test_kept_bytes_are_bounded(tmp_path: Path) -> None:
     keys = [put(store, i, i + 1) for i in range(6)]
     for key in keys:
         store.get(key)
-    kept = store._kept
+    kept = store._loader.kept
     assert 0 < len(kept._entries) < 6
     assert kept._num_bytes <= 3000
     assert_same_rows(store.get(keys[0]), example_rows((0, 1)))
