@@ -9,6 +9,7 @@ records into an archive, with which a new folder begins.
     python benchmarks/quality.py --seed 1               # in a second process, into the same folder
     python benchmarks/quality.py --rest-every 9         # all but the core of the comparison less often
     python benchmarks/quality.py --documents 110 --kinds one   # eight windows of one-document questions
+    python benchmarks/quality.py --seed 2 --timed       # alone on a quiet machine: its times are reported
     python benchmarks/quality.py --report               # sum up what is there, and ask nothing
     python benchmarks/quality.py --smoke                # seconds, for continuous integration; writes nothing
 """
@@ -78,7 +79,9 @@ def turns(
         longest = max(longest, time.monotonic() - start)
 
 
-def asked(bench: Bench, policies: dict[str, list[Entry]], seed: int, turn: int, num: int) -> list[Record]:
+def asked(
+    bench: Bench, policies: dict[str, list[Entry]], seed: int, turn: int, num: int, *, timed: bool = False
+) -> list[Record]:
     """One question of each kind, in the ways given for it."""
     found = []
     for context in draw(seed, num, turn):  # always the same, whatever of it is left to ask
@@ -90,7 +93,8 @@ def asked(bench: Bench, policies: dict[str, list[Entry]], seed: int, turn: int, 
             start = time.process_time()
             record = opened.ask(question, policies[question.question.kind], seed=turn * 1000 + num)
             took = round(time.process_time() - start, 3)
-            found.append({"seed": seed, "turn": turn, **record, "cpu_seconds": took})
+            made = {"seed": seed, "turn": turn, **record, "cpu_seconds": took}
+            found.append(made | {"timed": True} if timed else made)
     return found
 
 
@@ -178,6 +182,11 @@ def parsed() -> argparse.Namespace:
         help=f"full attention reads {MANY} documents and more in every K-th turn only (odd)",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--timed",
+        action="store_true",
+        help="nothing else runs on this machine: where such records exist, times are theirs alone",
+    )
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "quality", help="folder of raw records")
     parser.add_argument("--window", type=int, default=2304, help="positions the model was trained for")
     parser.add_argument("--longest", type=int, default=16_000, help="most tokens that are read in full")
@@ -230,7 +239,7 @@ def _run(args: argparse.Namespace) -> None:
     if not args.report:
         for turn, num, wanted in turns(args, folder, policies):
             bench.longest = 0 if num >= MANY and turn % args.full_every else args.longest
-            folder.add(args.seed, asked(bench, wanted, args.seed, turn, num))
+            folder.add(args.seed, asked(bench, wanted, args.seed, turn, num, timed=args.timed))
     records = folder.records()
     if not records:
         sys.exit(f"{args.run} has no records; run without --report")

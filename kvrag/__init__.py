@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvrag.answer import DocumentUse as DocumentUse
     from kvrag.answer import Timing as Timing
     from kvrag.answer import Usage as Usage
+    from kvrag.config import Context as Context
     from kvrag.config import Sampling as Sampling
     from kvrag.corpus import Corpus as Corpus
     from kvrag.engine import AnswerStream as AnswerStream
@@ -60,6 +61,7 @@ __all__ = [
     "CacheMiss",
     "ChunkMatcher",
     "ConfigError",
+    "Context",
     "ContextOverflow",
     "CorpusError",
     "CorpusLocked",
@@ -92,7 +94,7 @@ __all__ = [
 
 _ROOMS = {
     "answer": "Answer DocumentUse Timing Usage",
-    "config": "Sampling",
+    "config": "Context Sampling",
     "corpus": "Corpus",
     "engine": "AnswerStream Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound

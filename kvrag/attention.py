@@ -348,7 +348,10 @@ class EncodeReading:
     """Reads a batch of texts, each on its own behind one prefix, and keeps their keys and values.
 
     Texts are padded on the right; a causal text never sees its padding. Every text starts right behind the
-    prefix, and its keys are rotated at local positions 0..n-1.
+    prefix.
+
+    Attributes:
+        kept: keys, not rotated, and values of each layer, [B, K, T, D] and [B, K, T, Dv].
     """
 
     def __init__(
@@ -367,7 +370,7 @@ class EncodeReading:
         before = self.prefix.num_tokens if self.prefix is not None else 0
         turn = self._turn(spec, before)
         keys = rotate(call.key, _last(turn))  # rows 0..n-1 of the text's own segment
-        self.kept.append((keys, call.value))
+        self.kept.append((call.key, call.value))
         mask = _fresh_mask(spec.window, self._local, ()) if spec.window is not None else None
         rows = [Rows(keys, call.value, mask=mask, causal=mask is None)]
         if self.prefix is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvrag.errors import CacheMiss, StoreWriteError
 from kvrag.model import Model
-from kvrag.prefill import encode
+from kvrag.prefill import Run, encode_runs
 from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.codec import codec_named
@@ -68,16 +68,16 @@ class Caches:
         """The same, not remembered: may be called from any thread."""
         return self.model.fingerprint(prefix, codec=self.codec.name)
 
-    def prefix(self, tokens: Tokens, *, keep: bool = True) -> KV | None:
+    def prefix(self, tokens: Tokens) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""
         if not tokens:
             return None
         if tokens in self._prefixes:
             return self._prefixes[tokens]
-        (kv,) = encode(self.model, [tokens], token_budget=self.token_budget)
-        if keep:
-            _make_room(self._prefixes)
-            self._prefixes[tokens] = kv
+        run = Run(tokens, ((0, len(tokens)),))
+        ((kv,),) = encode_runs(self.model, [run], token_budget=self.token_budget)
+        _make_room(self._prefixes)
+        self._prefixes[tokens] = kv
         return kv
 
     def documents(
@@ -102,28 +102,32 @@ class Caches:
             kv = self._get(EntryKey(self.fingerprint(prefix + context), tokens), by_layer=by_layer)
             if kv is not None:
                 found[context, tokens] = Loaded(kv, is_hit=True)
-        missing: dict[Tokens, list[Tokens]] = {}
-        for context, tokens in dict.fromkeys(wanted):
-            if (context, tokens) not in found:
-                missing.setdefault(context, []).append(tokens)
-        for context, group in missing.items():
-            for kv in self.encode(prefix + context, group, keep=not context):
-                self._put(EntryKey(self.fingerprint(prefix + context), kv.tokens), kv)
-                found[context, kv.tokens] = Loaded(self._as_kept(kv), is_hit=False)
+        missing = [pair for pair in dict.fromkeys(wanted) if pair not in found]
+        rows = self.encode(prefix, [tokens for _, tokens in missing], [context for context, _ in missing])
+        for (context, tokens), kv in zip(missing, rows, strict=True):
+            self._put(EntryKey(self.fingerprint(prefix + context), tokens), kv)
+            found[context, tokens] = Loaded(self._as_kept(kv), is_hit=False)
         return [found[pair] for pair in wanted]
 
-    def encode(self, prefix: Tokens, texts: Sequence[Tokens], *, keep: bool = True) -> list[KV]:
+    def encode(
+        self, prefix: Tokens, texts: Sequence[Tokens], contexts: Sequence[Tokens] | None = None
+    ) -> list[KV]:
         """Read texts behind a prefix, without looking at the store.
 
+        Texts that stand in each other's contexts, like the parts of one document, are read in one go: each
+        token once.
+
         Args:
-            prefix: tokens that the texts are encoded behind.
+            prefix: tokens that the texts are encoded behind; its rows are remembered.
             texts: tokens of each text.
-            keep: remember the prefix's rows. Not for one that is some text's neighbours: it is long, hardly
-                ever comes again, and its rows tell of texts that may be deleted any time.
+            contexts: for each text, tokens that it is encoded behind beside the prefix; None: nothing. Their
+                rows are not remembered: they tell of texts that may be deleted any time.
         """
         if not texts:
             return []
-        return encode(self.model, texts, self.prefix(prefix, keep=keep), token_budget=self.token_budget)
+        runs, places = _runs(texts, contexts or [()] * len(texts))
+        rows = encode_runs(self.model, runs, self.prefix(prefix), token_budget=self.token_budget)
+        return [rows[run][number] for run, number in places]
 
     def _get(self, key: EntryKey, *, by_layer: bool = False) -> KV | None:
         if self.store is None:
@@ -152,6 +156,21 @@ class Caches:
             if not self._has_warned:
                 logger.warning("answers go on without keeping new caches: %s", error)
             self._has_warned = True
+
+
+def _runs(texts: Sequence[Tokens], contexts: Sequence[Tokens]) -> tuple[list[Run], list[tuple[int, int]]]:
+    """As few runs as there can be, and for each text its run and its number among that run's texts."""
+    whole = [(*context, *text) for context, text in zip(contexts, texts, strict=True)]
+    runs: list[Run] = []
+    places: dict[int, tuple[int, int]] = {}
+    # From behind: what begins with certain tokens comes right after these tokens themselves.
+    for i in sorted(range(len(whole)), key=whole.__getitem__, reverse=True):
+        end = len(whole[i])
+        if not runs or runs[-1].tokens[:end] != whole[i]:
+            runs.append(Run(whole[i], ()))
+        places[i] = (len(runs) - 1, len(runs[-1].texts))
+        runs[-1] = replace(runs[-1], texts=(*runs[-1].texts, (len(contexts[i]), end)))
+    return runs, [places[i] for i in range(len(texts))]
 
 
 def _make_room(kept: dict[Tokens, Any]) -> None:

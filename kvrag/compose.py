@@ -41,6 +41,7 @@ class Unit:
         start: position of its first row.
         tail: fresh tokens behind it.
         again: rows of the document that are to be read again, ascending.
+        source: what the document is a chunk of; None: nothing is known.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Unit:
     start: int
     tail: tuple[int, ...] = ()
     again: tuple[int, ...] = ()
+    source: str | None = None
 
     @property
     def length(self) -> int:
@@ -92,6 +94,14 @@ class Arrangement:
     def only(self, documents: Collection[int]) -> Arrangement:
         """The arrangement without the other documents and their tails; nothing moves."""
         return replace(self, units=tuple(u for u in self.units if u.number in documents))
+
+    def packed(self) -> Arrangement:
+        """The documents one behind the other, in their order, and the query behind them."""
+        at, starts = self.start, {}
+        for unit in self.units:
+            starts[unit.number] = at
+            at += unit.length
+        return self.placed(starts, at)
 
     def in_order(self) -> Arrangement:
         """The same places, the documents in the order of these; at one place, in retrieval order."""
@@ -140,7 +150,12 @@ class Arrangement:
         return Composed(SegmentTable(tuple(segments)), tuple(tokens), tuple(positions), question)
 
 
-def compose(plan: PromptPlan, prefix: KV | None, documents: Sequence[KV]) -> Arrangement:
+def compose(
+    plan: PromptPlan,
+    prefix: KV | None,
+    documents: Sequence[KV],
+    sources: Sequence[str | None] | None = None,
+) -> Arrangement:
     """Put prefix and documents where the plan has them; everything else is fresh.
 
     A prompt has to end with a fresh token, whose logits begin the answer: if a document or the prefix ends
@@ -150,8 +165,10 @@ def compose(plan: PromptPlan, prefix: KV | None, documents: Sequence[KV]) -> Arr
         plan: spans of the prompt.
         prefix: rows of the plan's prefix; None if it has none.
         documents: rows of the plan's cached spans, in order.
+        sources: what each of them is a chunk of; None: nothing is known.
     """
     caches = iter(documents)
+    origins = iter(sources or [None] * len(documents))
     units: list[Unit] = []
     between: list[list[int]] = [[]]  # fresh tokens before the first document, behind the first, ...
     at = 0
@@ -159,7 +176,7 @@ def compose(plan: PromptPlan, prefix: KV | None, documents: Sequence[KV]) -> Arr
         if isinstance(span, Literal):
             between[-1] += span.tokens
         elif isinstance(span, Cached):
-            units.append(Unit(len(units), next(caches), at))
+            units.append(Unit(len(units), next(caches), at, source=next(origins)))
             between.append([])
         at += len(span.tokens)
     if plan.tokens and not between[-1]:

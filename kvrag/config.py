@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from kvrag.errors import ConfigError
 
@@ -56,6 +58,70 @@ class Sampling:
         for name, (holds, allowed) in rules.items():
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected {allowed}")
+
+
+Rule = Literal["alone", "before", "similar"]
+MAX_SIMILAR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the chunks of a collection are encoded behind, beside the prompt's prefix.
+
+    Attributes:
+        rule: `alone`: nothing. `before`: the parts before it in its document, the nearest ones that fit.
+            `similar`: the most similar chunks of the collection (FusionRAG, arXiv:2601.12904, offline part).
+        count: for `similar`, how many; 0 otherwise.
+        max_tokens: most tokens of it; None: as many as the model reads in front of the chunk.
+
+    >>> Context.parse("similar:2")
+    Context(rule='similar', count=2, max_tokens=None)
+    >>> str(Context.parse("before/1024"))
+    'before/1024'
+    """
+
+    rule: Rule = "alone"
+    count: int = 0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: names the setting, its value and what is allowed.
+        """
+        if self.rule not in get_args(Rule):
+            raise ConfigError(f"rule is {self.rule!r}; expected one of {', '.join(get_args(Rule))}")
+        if self.rule == "similar" and not 1 <= self.count <= MAX_SIMILAR:
+            raise ConfigError(f"similar chunks: count is {self.count}; expected 1 to {MAX_SIMILAR}")
+        if self.rule != "similar" and self.count:
+            raise ConfigError(f"count is {self.count}, but {self.rule!r} counts nothing; expected 0")
+        if self.max_tokens is not None and (self.max_tokens < 1 or self.rule == "alone"):
+            raise ConfigError(
+                f"max_tokens is {self.max_tokens}; expected at least 1, and none at all for 'alone'"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Context:
+        """A choice in words: alone, before, similar:2; with /1024 behind it, of at most so many tokens.
+
+        Raises:
+            ConfigError: it says something else.
+        """
+        found = re.fullmatch(r"(alone|before|similar)(?::(\d{1,9}))?(?:/(\d{1,9}))?", text.strip())
+        if found is None:
+            raise ConfigError(f"context is {text!r}; expected alone, before, before/1024 or similar:2")
+        rule, count, limit = found.groups()
+        return cls(cast(Rule, rule), int(count or 0), int(limit) if limit else None)
+
+    def __str__(self) -> str:
+        """The choice in words, as `parse` reads it."""
+        count = f":{self.count}" if self.count else ""
+        return f"{self.rule}{count}{f'/{self.max_tokens}' if self.max_tokens else ''}"
+
+
+ALONE = Context()
+BEFORE = Context("before")
 
 
 def home(environment: Mapping[str, str] | None = None) -> Path:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kvrag.config import Context
+from kvrag.contexts import Contexts
 from kvrag.errors import (
     ConfigError,
     DocumentNotFound,
@@ -16,12 +19,14 @@ from kvrag.errors import (
     InputError,
 )
 from kvrag.index import Hit, Index, Metadata, Record, already_there
-from kvrag.lockstep import Lockstep, Progress, batches
-from kvrag.neighbours import KEY_FIELD, Encoder, Item, Neighbourhoods, clean
+from kvrag.items import KEY_FIELD, Encoder, Item, clean
+from kvrag.lockstep import Lockstep, Progress
+from kvrag.parts import DOCUMENT_FIELD, PART_FIELD, Places, document_of, part_of
 from kvrag.reports import CorpusStats, Deletion, IngestReport, ReconcileReport, RenewReport, WarmReport
 from kvrag.store.base import KVStore
 from kvrag.store.key import EntryKey, tagged_digest
 from kvrag.store.references import References
+from kvrag.warming import Order, warm
 
 __all__ = [
     "KEY_FIELD",
@@ -38,10 +43,6 @@ __all__ = [
 ]
 
 
-Order = Callable[[str, int], Any]
-"""The place of a document among those to be read first, from its text and its number of tokens."""
-
-
 class Corpus:
     """Documents that are found by Chroma and answered from the store.
 
@@ -54,13 +55,16 @@ class Corpus:
     (The reference comes first, so that nobody who shares the store takes the entry for an orphan.)
     Not even `reconcile` is needed for right answers: a record without entry is read anew.
 
-    With `neighbours`, each document's entry is encoded behind its most similar documents (see
-    `kvrag.neighbours`), which Chroma finds only among what it has already, so that changes go
+    With a `context`, each document's entry is encoded behind the parts before it, or behind its most similar
+    documents (see `kvrag.contexts`), which are found only among what Chroma has already, so that changes go
 
     | add, upsert, update | Chroma -> entries that tell of replaced texts -> reference -> entry -> label |
     | delete              | Chroma -> reference -> entries -> the same for documents left behind          |
 
-    where the label is metadata that names entry and neighbours; a record without is one to `reconcile`.
+    where the label is metadata that names entry and context; a record without is one to `reconcile`.
+
+    A text is a part of the document that `documents` names in the call that brings it, by default of its
+    metadata's "source". Parts stand in the order in which they come; those of later calls come behind.
 
     Args:
         index: the collection.
@@ -69,12 +73,12 @@ class Corpus:
         references: who refers to which entry; None: a file in the store's folder, or for a store without
             a `path`, in memory.
         batch_size: documents per batch; a batch is encoded and written as a whole.
-        neighbours: encode each document behind so many others, for a policy with as many `neighbours`;
-            None: as the collection was built, a new one with none. A collection that was built without is
-            extended with; `renew_neighbours` then gives them to documents that are there already.
+        context: what each document is encoded behind; None: as the collection was built, a new one behind
+            nothing. A collection that was built so is extended with it; `renew_contexts` then encodes
+            documents anew that are there already.
 
     Raises:
-        ConfigError: the collection was built with another number of neighbours, or an impossible argument.
+        ConfigError: the collection was built with another context, or an impossible argument.
     """
 
     def __init__(
@@ -85,15 +89,15 @@ class Corpus:
         *,
         references: References | None = None,
         batch_size: int = 32,
-        neighbours: int | None = None,
+        context: Context | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1")
         self._index = index
         self._store = store
-        self._near = Neighbourhoods(index, encoder, neighbours)
+        self._contexts = Contexts(index, encoder, context)
         self._references = references or References(_references_file(store))
-        self._lockstep = Lockstep(index, store, encoder, self._near, self._references, batch_size)
+        self._lockstep = Lockstep(index, store, encoder, self._contexts, self._references, batch_size)
         self._lock = threading.RLock()
 
     def key_of(self, text: str) -> EntryKey:
@@ -103,7 +107,7 @@ class Corpus:
             EmptyDocument: no token.
             DocumentTooLong: more tokens than the model reads.
         """
-        return self._near.key_of(text)
+        return self._contexts.key_of(text)
 
     def add(
         self,
@@ -111,6 +115,7 @@ class Corpus:
         ids: Sequence[str] | None = None,
         *,
         metadatas: Sequence[Metadata | None] | None = None,
+        documents: Sequence[str | None] | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
         """Add new documents to collection and store; their ids.
@@ -119,6 +124,7 @@ class Corpus:
             texts: documents, each at most `encoder.max_tokens` long.
             ids: by default derived from text and metadata "source".
             metadatas: str, int, float or bool by name, one mapping per text.
+            documents: names of what the texts are parts of, None for none; by default metadata "source".
             progress: called after every batch.
 
         Raises:
@@ -131,7 +137,8 @@ class Corpus:
             taken = self._index.existing([item.id for item in items])
             if taken:
                 raise DuplicateDocument(already_there(taken))
-            self._lockstep.write(items, self._index.add, progress)
+            places = self._place(items, documents)
+            self._lockstep.write(_at(items, places), self._index.add, progress)
             return [item.id for item in items]
 
     def ingest(
@@ -139,14 +146,27 @@ class Corpus:
         texts: Sequence[str],
         *,
         metadatas: Sequence[Metadata | None] | None = None,
+        documents: Sequence[str | None] | None = None,
+        instead_of: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> IngestReport:
         """Add those documents that are not there yet, so that an interrupted run can be repeated.
 
-        Ids derive from text and source: a text that stands twice in one source is one document.
+        Ids derive from text and source: a text that stands twice in one source is one document. Those that
+        are there get the entries that they lack (for another model, say). Parts of one document are in the
+        order of this call, where the first of them stood that was there.
+
+        Args:
+            texts: see `add`.
+            metadatas: see `add`.
+            documents: see `add`.
+            instead_of: ids of what these texts replace; those that are not among them are removed.
+            progress: called after every batch.
 
         Raises:
             EmptyDocument, DocumentTooLong, InputError, CorpusLocked: nothing was written.
+            StoreWriteError: what is replaced is gone from the collection, but not from the store; `reconcile`
+                later.
         """
         with self._lock:
             metadatas = [{}] * len(texts) if metadatas is None else metadatas
@@ -155,9 +175,22 @@ class Corpus:
             new = {i: n for n, i in reversed(list(enumerate(ids))) if i not in there}
             numbers = sorted(new.values())
             items = self._items([texts[n] for n in numbers], None, [metadatas[n] for n in numbers])
-            self._lockstep.write(items, self._index.add, progress)
-            self._lockstep.settle_unlabelled([i for i in ids if i in there])
-            return IngestReport(tuple(ids), added=len(items), skipped=len(ids) - len(items))
+            first = {i: n for n, i in reversed(list(enumerate(ids)))}
+            names = _documents(metadatas, documents)
+            gone = list(dict.fromkeys(i for i in instead_of if i not in first))
+            order = sorted(first, key=first.__getitem__)
+            places = self._contexts.parts.place(
+                order, [names[first[i]] for i in order], as_listed=True, without=gone
+            )
+            kept = [i for i in order if i in there]
+            moved = places.moved | {
+                record.id: places.of[record.id]
+                for record in self._index.get(kept)
+                if record.id in places.of and places.of[record.id] != (document_of(record), part_of(record))
+            }
+            self._lockstep.write(_at(items, places), self._index.add, progress, moved=moved, gone=gone)
+            completed = self._lockstep.complete(kept, progress)
+            return IngestReport(tuple(ids), len(items), len(ids) - len(items), completed)
 
     def upsert(
         self,
@@ -165,6 +198,7 @@ class Corpus:
         ids: Sequence[str] | None = None,
         *,
         metadatas: Sequence[Metadata | None] | None = None,
+        documents: Sequence[str | None] | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
         """Add documents, or replace text and metadata of those whose id is there; their ids.
@@ -175,7 +209,8 @@ class Corpus:
         """
         with self._lock:
             items = self._items(texts, ids, metadatas)
-            self._lockstep.write(items, self._index.upsert, progress)
+            places = self._place(items, documents)
+            self._lockstep.write(_at(items, places), self._index.upsert, progress)
             return [item.id for item in items]
 
     def update(
@@ -206,12 +241,15 @@ class Corpus:
                 {k: v for k, v in {**record.metadata, **change}.items() if v is not None}
                 for record, change in zip(before, changes, strict=True)
             ]
-            self._lockstep.write(self._items(texts, ids, merged), self._index.upsert, None)
+            items = self._items(texts, ids, merged)
+            places = Places({r.id: (d, part_of(r)) for r in before if (d := document_of(r)) is not None})
+            self._lockstep.write(_at(items, places), self._index.upsert)
 
     def delete(self, ids: Sequence[str]) -> Deletion:
         """Remove documents; the bytes of entries that no document of any collection refers to go with them.
 
-        So do entries of other documents that were encoded behind them; those are built anew, behind others.
+        So do entries of other documents that were encoded behind them; those are built anew, behind what is
+        left or behind others.
 
         An embedded Chroma may hold the bytes of their texts in its file for a while: see `Index.forget`.
 
@@ -226,14 +264,16 @@ class Corpus:
         with self._lock:
             ids = list(dict.fromkeys(ids))
             records = self._found(ids)
-            behind = self._near.behind(ids)
+            telling = self._contexts.telling(records)
+            following = self._contexts.following(records)
             # Also the entries that records name: a reference may have been lost.
-            told = self._near.entries([*records, *behind])
+            told = self._contexts.entries([*records, *telling])
             named = self._references.named(self._index.id, ids)
             self._index.delete(ids)
-            receipts = self._lockstep.let_go([*ids, *(record.id for record in behind)], told)
-            if self._near.can_encode:
-                self._lockstep.settle([record.id for record in behind])
+            receipts = self._lockstep.let_go([*ids, *(record.id for record in telling)], told)
+            if self._contexts.can_encode:
+                behind = dict.fromkeys([*(record.id for record in telling), *following])
+                self._lockstep.settle([i for i in behind if i not in set(ids)])
             kept = sorted(key for key in set(named.values()) if self._references.count(key))
             return Deletion(tuple(ids), self._index.name, tuple(receipts), tuple(kept), time.time())
 
@@ -273,56 +313,37 @@ class Corpus:
         for record in self._index.records():
             yield Record(record.id, record.text, clean(record.metadata))
 
-    def neighbours(self, ids: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-        """For documents by id, the texts that they are encoded behind, most similar first.
+    def contexts(self, ids: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """For documents by id, the texts that they are encoded behind, in the order of a prompt.
 
-        Ids that are not there are left out; all of them in a corpus without neighbours.
+        Ids that are not there are left out; all of them in a corpus whose documents stand behind nothing.
         """
-        return self._near.texts(ids)
+        return self._contexts.texts(ids)
 
     @property
-    def num_neighbours(self) -> int:
-        """Behind how many others each document is encoded."""
-        return self._near.count
+    def context(self) -> Context:
+        """What documents are encoded behind."""
+        return self._contexts.context
 
-    def renew_neighbours(self, count: int | None = None, *, progress: Progress | None = None) -> RenewReport:
-        """Choose the neighbours of all documents anew, and encode those that get others.
+    def renew_contexts(
+        self, context: Context | None = None, *, progress: Progress | None = None
+    ) -> RenewReport:
+        """Choose anew what all documents are encoded behind, and encode those that get something else.
 
-        Neighbours are chosen when a document is written, from those that are there then; after many were
-        added, earlier ones may have better ones. Can be interrupted and repeated.
+        Similar documents are chosen when a document is written, from those that are there then; after many
+        were added, earlier ones may have better ones. Can be interrupted and repeated.
 
         Args:
-            count: change to so many neighbours; 0: to none.
+            context: change to this; None: as it is.
             progress: called with (records done, records in all).
 
         Raises:
-            ConfigError: an impossible number, or an encoder that cannot do it.
+            ConfigError: an encoder that cannot do it.
             StoreWriteError: the store cannot be written.
             CorpusLocked: another process is writing.
         """
         with self._lock:
-            self._index.begin_writing()
-            before = self._near.count
-            count = before if count is None else count
-            if count:
-                self._near.require_encoder()
-            # While some have more and some fewer, deletions have to look for both.
-            self._near.note(max(before, count))
-            records = list(self._index.records())
-            done = changed = encoded = removed = 0
-            for batch in batches(records, self._lockstep.batch_size):
-                items = [item for item in self._near.items(batch, [], anew=count) if item.relabelling]
-                ids = {item.id for item in items}
-                told = self._near.entries([record for record in batch if record.id in ids])
-                freed = self._references.add(self._index.id, {item.id: item.key.id for item in items})
-                encoded += self._lockstep.encode_missing(items)
-                changed += self._lockstep.relabel(items)
-                removed += len(self._references.collect([*freed, *told], self._store.delete))
-                done += len(batch)
-                if progress is not None:
-                    progress(done, len(records))
-            self._near.note(count)
-            return RenewReport(records=len(records), changed=changed, encoded=encoded, removed=removed)
+            return self._lockstep.renew(context, progress)
 
     def reconcile(self, *, verify: bool = True, progress: Progress | None = None) -> ReconcileReport:
         """Make store and references what the collection says, after a crash or a change behind our back.
@@ -338,33 +359,7 @@ class Corpus:
             CorpusLocked: records have to be relabelled and another process is writing.
         """
         with self._lock:
-            check = self._store.check(fix=True) if verify else None
-            self._lockstep.prepare_neighbours()
-            total, owner = self._index.count(), self._index.id
-            wanted: dict[str, str] = {}
-            unencodable: list[str] = []
-            rebuilt = relabelled = 0
-            freed: list[str] = []
-            for batch in batches(list(self._index.records()), self._lockstep.batch_size):
-                items = self._near.items(batch, unencodable)
-                wanted.update((item.id, item.key.id) for item in items)
-                freed += self._references.add(owner, {item.id: item.key.id for item in items})
-                rebuilt += self._lockstep.encode_missing(items)
-                relabelled += self._lockstep.relabel(items)
-                if progress is not None:
-                    progress(len(wanted) + len(unencodable), total)
-            stale = [record for record in self._references.of(owner) if record not in wanted]
-            self._references.remove(owner, stale)
-            removed = self._references.collect(self._store.ids(), self._store.delete)
-            return ReconcileReport(
-                records=len(wanted) + len(unencodable),
-                rebuilt=rebuilt,
-                removed=len(removed),
-                relabelled=relabelled,
-                unreferenced=len(stale),
-                damaged=len(check.damaged) + len(check.orphans) if check else 0,
-                unencodable=tuple(unencodable),
-            )
+            return self._lockstep.reconcile(verify=verify, progress=progress)
 
     def warm(
         self,
@@ -393,53 +388,16 @@ class Corpus:
             CorpusLocked: another process is writing.
         """
         with self._lock:
-            if not only_missing:
-                self._index.begin_writing()
-                self._store.check(fix=True)
-                self._lockstep.prepare_neighbours()
-            before = self._store.stats().num_bytes
-            unencodable: list[str] = []
-            missing: list[tuple[Any, int, str]] = []  # place, number of tokens, id
-            records = tokens = built = 0
-            is_full = False
-            for batch in batches(list(self._index.records()), self._lockstep.batch_size):
-                items = self._near.items(batch, unencodable)
-                records += len(batch)
-                for item in items:
-                    if item.key not in self._store:
-                        place = 0 if order is None else order(item.text, len(item.key.tokens))
-                        missing.append((place, len(item.key.tokens), item.id))
-                self._warm([item for item in items if item.key in self._store], only_missing=only_missing)
-            missing.sort(key=lambda row: row[0])
-            total = sum(length for _, length, _ in missing)
-            for rows in batches(missing, self._lockstep.batch_size):
-                if room is not None and not _fits(
-                    room(), rows, self._store.stats().num_bytes - before, tokens
-                ):
-                    is_full = True
-                    break
-                items = self._near.items(self._index.get([record for _, _, record in rows]), [])
-                built += self._warm(items, only_missing=only_missing)
-                tokens += sum(length for _, length, _ in rows)
-                if progress is not None:
-                    progress(tokens, total)
-            return WarmReport(
-                records=records,
-                built=built,
-                known=records - len(missing) - len(unencodable),
-                unencodable=tuple(unencodable),
-                num_bytes=self._store.stats().num_bytes - before,
-                is_full=is_full,
+            return warm(
+                self._lockstep,
+                self._index,
+                self._store,
+                self._contexts,
+                only_missing=only_missing,
+                order=order,
+                room=room,
+                progress=progress,
             )
-
-    def _warm(self, items: Sequence[Item], *, only_missing: bool) -> int:
-        """References, entries and labels of some records; how many entries were built."""
-        freed = self._references.add(self._index.id, {item.id: item.key.id for item in items})
-        built = self._lockstep.encode_missing(items)
-        if not only_missing:
-            self._lockstep.relabel(items)
-        self._references.collect(freed, self._store.delete)
-        return built
 
     def stats(self) -> CorpusStats:
         """Sizes and counts."""
@@ -485,6 +443,10 @@ class Corpus:
             items.append(Item(record_id, text, metadata, key))
         return items
 
+    def _place(self, items: Sequence[Item], documents: Sequence[str | None] | None) -> Places:
+        names = _documents([item.metadata for item in items], documents)
+        return self._contexts.parts.place([item.id for item in items], names)
+
     def _found(self, ids: Sequence[str]) -> list[Record]:
         found = self._index.get(ids)
         missing = set(ids) - {record.id for record in found}
@@ -493,16 +455,29 @@ class Corpus:
         return found
 
 
-def _fits(room: int | None, rows: Sequence[tuple[Any, int, str]], num_bytes: int, num_tokens: int) -> bool:
-    """Whether a batch fits into the room, by what a token took so far; the first one is always tried."""
-    if room is None or not num_tokens:
-        return room is None or room > 0
-    return sum(length for _, length, _ in rows) * num_bytes / num_tokens <= room
-
-
 def _references_file(store: KVStore) -> Path | None:
     path = getattr(store, "path", None)
     return None if path is None else Path(path) / "references.sqlite"
+
+
+def _documents(
+    metadatas: Sequence[Metadata | None], documents: Sequence[str | None] | None
+) -> list[str | None]:
+    """The document of each text: as given, by default the metadata's source."""
+    if documents is None:
+        sources = [(metadata or {}).get("source") for metadata in metadatas]
+        return [None if source is None else str(source) for source in sources]
+    if len(documents) != len(metadatas):
+        raise InputError("texts and documents must be of one length")
+    return list(documents)
+
+
+def _at(items: Sequence[Item], places: Places) -> list[Item]:
+    """Items with the labels of their places."""
+    labels: dict[str, dict[str, str | int]] = {
+        i: {DOCUMENT_FIELD: name, PART_FIELD: number} for i, (name, number) in places.of.items()
+    }
+    return [replace(item, labels=labels.get(item.id, {})) for item in items]
 
 
 def _content_id(text: str, metadata: Metadata) -> str:

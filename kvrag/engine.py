@@ -26,7 +26,7 @@ from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import Fingerprint
-from kvrag.text import Message, context_tokens
+from kvrag.text import Message, joined_tokens
 from kvrag.worker import Stream, Worker
 
 T = TypeVar("T")
@@ -185,13 +185,16 @@ class Engine:
         prefix: str = "",
         sampling: Sampling | None = None,
         policy: Policy | None = None,
-        neighbours: Mapping[str, Sequence[str]] | None = None,
+        contexts: Mapping[str, Sequence[str]] | None = None,
+        sources: Mapping[str, str] | None = None,
         is_rendered: bool = True,
     ) -> AnswerStream:
         """Answer a prompt that a chat template has already written (no BOS is added to it).
 
-        `neighbours` gives for chunks by name the texts they are encoded behind, most similar first; only a
-        policy with `neighbours` looks at it.
+        `contexts` gives for chunks by name the pieces of text that they are encoded behind, beside the prefix
+        (see `RagPrompt.before`); chunks that it does not name are encoded behind the prefix alone. `sources`
+        gives for chunks by name what they are chunks of, for a policy that keeps chunks of one source
+        together; a chunk without is a source of its own.
         """
         if isinstance(chunks, str):
             raise InputError("chunks is one text; expected a list of texts, or texts by name")
@@ -207,7 +210,8 @@ class Engine:
             is_rendered,
             sampling or Sampling(),
             policy or self.policy,
-            neighbours or {},
+            contexts or {},
+            sources or {},
         )
         return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
 
@@ -265,9 +269,9 @@ class DocumentEncoder:
         """Tokens of a text as they will stand in a prompt."""
         return self._caches.model.text.tokenize(text)
 
-    def context(self, neighbours: Sequence[str]) -> tuple[int, ...]:
-        """Tokens of a text's neighbours, most similar first, as they stand between prefix and text."""
-        return context_tokens(self._caches.model.text, neighbours)
+    def context(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Tokens of texts as they stand between prefix and a document in a prompt, in this order."""
+        return joined_tokens(self._caches.model.text, self.prompt.before(texts))
 
     def fingerprint_behind(self, context: tuple[int, ...]) -> Fingerprint:
         """What entries depend on that are encoded behind prefix and context."""
@@ -291,7 +295,6 @@ class DocumentEncoder:
             EmptyDocument: a text without tokens.
             DocumentTooLong: text and context together have more than `max_tokens`.
         """
-        groups: dict[tuple[int, ...], list[int]] = {}
         for i, (tokens, context) in enumerate(zip(texts, contexts, strict=True)):
             if not tokens:
                 raise EmptyDocument(f"text {i} has no tokens; leave it out")
@@ -300,12 +303,4 @@ class DocumentEncoder:
                     f"text {i} has {len(tokens)} tokens{f' behind {len(context)}' if context else ''} and "
                     f"{self.max_tokens} fit behind the prefix; split it"
                 )
-            groups.setdefault(context, []).append(i)
-        rows: dict[int, KV] = {}
-        for context, numbers in groups.items():
-            rows |= zip(numbers, self._encode_group(context, [texts[i] for i in numbers]), strict=True)
-        return [rows[i] for i in range(len(texts))]
-
-    def _encode_group(self, context: tuple[int, ...], texts: list[tuple[int, ...]]) -> list[KV]:
-        """One turn on the engine's thread, so that answers under way wait for one group at most."""
-        return self._worker.call(lambda: self._caches.encode(self._prefix + context, texts, keep=not context))
+        return self._worker.call(lambda: self._caches.encode(self._prefix, texts, contexts))

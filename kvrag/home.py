@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvrag.config import ALONE, BEFORE, Context
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import Engine
@@ -175,20 +176,19 @@ class Home:
     def _server(self) -> str | None:
         return self._chroma or (self.settings().chroma if self.exists() else None)
 
-    def corpus(self, engine: Engine | None = None, *, neighbours: int | None = None) -> Corpus:
+    def corpus(self, engine: Engine | None = None, *, context: Context | None = None) -> Corpus:
         """Collection and caches together; without an engine only for listing, removing and counting.
 
         Args:
             engine: reads the documents.
-            neighbours: encode new documents behind so many others, if the collection has no number of its
-                own yet; None: as it is.
+            context: what documents are encoded behind, if the collection has no choice of its own yet; None:
+                as it is, and behind the parts before them in a new collection.
         """
         index = self.index()
         if engine is None:
             return Corpus(index, self.store(), _NoEncoder())
-        fitting = neighbours if index.neighbours in (0, neighbours) else None
         store = engine.store or self.store()
-        return Corpus(index, store, engine.encoder(self.form(engine)), neighbours=fitting)
+        return Corpus(index, store, engine.encoder(self.form(engine)), context=_fitting(index, context))
 
     def sweep(self) -> tuple[Receipt, ...]:
         """Remove caches that no document refers to: those that answers of other models left behind.
@@ -221,16 +221,16 @@ def ingest(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
     by_paragraph: bool = False,
-    neighbours: int | None = None,
+    context: Context | None = None,
     progress: Progress | None = None,
 ) -> IngestReport:
     """Cut documents into chunks and bring a folder's collection and caches up to date with them.
 
     Chunks that are there already are kept, and read anew if this model has no caches of them; chunks of the
-    same files that are not in the documents any more are removed.
+    same files that are not in the documents any more are removed. Pages of one file are one document.
 
-    With `neighbours`, all chunks of the collection are encoded behind so many of their most similar ones,
-    chosen anew; None leaves that as it is.
+    With a `context`, all chunks of the collection are encoded behind that; None leaves it as it is, and in a
+    new collection encodes each chunk behind the parts before it in its document.
 
     Raises:
         InputError: there is no text in the documents.
@@ -246,33 +246,32 @@ def ingest(
     if not chunks:
         raise InputError("no text found in the given files")
     home.remember(engine, form)
-    with home.corpus(engine, neighbours=neighbours) as corpus:
+    with home.corpus(engine, context=context) as corpus:
         files = {file_of(document.source) for document in documents}
         before = {r.id for r in corpus.documents() if file_of(str(r.metadata.get("source"))) in files}
         report = corpus.ingest(
-            [text for text, _ in chunks], metadatas=[metadata for _, metadata in chunks], progress=progress
+            [text for text, _ in chunks],
+            metadatas=[metadata for _, metadata in chunks],
+            documents=[re.sub(r"#page=\d+$", "", metadata["source"]) for _, metadata in chunks],
+            instead_of=sorted(before),
+            progress=progress,
         )
-        if (
-            report.skipped
-            and not _is_full(home, engine)
-            and _lacks_caches(home, engine, corpus, [text for text, _ in chunks])
-        ):
+        # Then the chunks of other files may lack theirs, too.
+        if report.completed and not corpus.stats().uncached and not _is_full(home, engine):
             corpus.reconcile(verify=False, progress=progress)
-        if gone := sorted(before - set(report.ids)):
-            corpus.delete(gone)
-        if neighbours is not None:
-            corpus.renew_neighbours(neighbours, progress=progress)
-    if gone:
+        if context is not None:
+            corpus.renew_contexts(context, progress=progress)
+    if before - set(report.ids):
         home.sweep()
     return report
 
 
-def _lacks_caches(home: Home, engine: Engine, corpus: Corpus, texts: Sequence[str]) -> bool:
-    """Whether chunks have no cache for this model, although the store can be written to."""
-    store = engine.store or home.store()
-    if corpus.stats().uncached or corpus.num_neighbours:  # rows behind neighbours have other keys
-        return bool(corpus.num_neighbours) and corpus.stats().uncached == 0
-    return any(corpus.key_of(text) not in store for text in texts)
+def _fitting(index: Index, context: Context | None) -> Context | None:
+    """The context for a corpus: the collection's own, if it has one, is changed by `renew_contexts` only."""
+    noted = None if index.context is None else Context.parse(index.context)
+    if context is None:
+        return BEFORE if noted is None and index.count() == 0 else None
+    return context if noted in (None, ALONE, context) else None
 
 
 def _is_full(home: Home, engine: Engine) -> bool:

@@ -26,7 +26,7 @@ _Database = FolderDatabase | ServerDatabase
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 _T = TypeVar("_T")
 _PAGE = 1000
-_NEIGHBOURS = "kvrag_neighbours"
+_CONTEXT = "kvrag_context"
 # With Chroma's defaults (100, 100, 16) the graph loses records among near-duplicates: of 1,300 that differ
 # in one word, 21 in 100 were not found by their own text; with these 9. Of more varied ones it is 1 in 100.
 _GRAPH = {"ef_construction": 200, "ef_search": 200, "max_neighbors": 32}
@@ -310,15 +310,16 @@ class Index:
         return found
 
     @property
-    def neighbours(self) -> int:
-        """How many others the collection's chunks are encoded behind at most (see `kvrag.neighbours`)."""
+    def context(self) -> str | None:
+        """What the collection's chunks are encoded behind, as `kvrag.config.Context` puts it, if noted."""
         with self._database.reading() as client:
             # Not the collection at hand: another object may have noted it since.
             noted = client.get_collection(self._name, embedding_function=None).metadata or {}
-        return int(noted.get(_NEIGHBOURS, 0))
+        context = noted.get(_CONTEXT)
+        return None if context is None else str(context)
 
-    def note_neighbours(self, count: int) -> None:
-        """Note in the collection's own metadata how many others its chunks are encoded behind at most.
+    def note_context(self, context: str) -> None:
+        """Note in the collection's own metadata what its chunks are encoded behind.
 
         Raises:
             CorpusLocked: another process is writing.
@@ -328,7 +329,7 @@ class Index:
                 collection = client.get_collection(self._name, embedding_function=None)
             # Chroma refuses to be told its distance again, and keeps it elsewhere, too.
             kept = {k: v for k, v in (collection.metadata or {}).items() if not k.startswith("hnsw:")}
-            collection.modify(metadata={**kept, _NEIGHBOURS: count})
+            collection.modify(metadata={**kept, _CONTEXT: context})
 
     def search(self, query: str, k: int, *, where: Mapping[str, Any] | None = None) -> list[Hit]:
         """The `k` nearest records, nearest first; fewer if there are fewer.

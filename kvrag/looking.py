@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from kvrag.attention import Looking
+from kvrag.attention import Fixed, Looking
 from kvrag.compose import Arrangement, Composed
-from kvrag.errors import ContextOverflow
 from kvrag.focus.focus import Focus, Staircase
-from kvrag.focus.placement import Placed, Placement
+from kvrag.focus.placement import Placed
 from kvrag.focus.policy import Policy
 from kvrag.focus.pruning import Pruning
 from kvrag.focus.repair import Evidence, Repair
 from kvrag.focus.risk import Risk, risk
 from kvrag.fresh import FreshRows
+from kvrag.heats import rounds
 from kvrag.model import Model
-from kvrag.prefill import Read, read, read_prompt
+from kvrag.prefill import Read, read_first, read_prompt
+from kvrag.room import Room, place
 from kvrag.segments import SegmentTable
 
 Columns = Mapping[int, Mapping[int, torch.Tensor]]
@@ -57,39 +57,6 @@ class Look:
     in_full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Positions of a prompt.
-
-    Attributes:
-        limit: positions that the model was trained for, or is used with.
-        capacity: of those, how many documents may take.
-    """
-
-    limit: int
-    capacity: int
-
-    @classmethod
-    def of(cls, arrangement: Arrangement, placement: Placement, max_length: int, max_new_tokens: int) -> Room:
-        """What the question leaves to documents.
-
-        Documents that fit as the placement lays them get what they need, and the answer the rest; others
-        leave room for the answer, at most an eighth of all positions.
-
-        Raises:
-            ContextOverflow: prefix and question alone leave no room for an answer.
-        """
-        limit = placement.limit(max_length)
-        fixed = arrangement.start + len(arrangement.question)
-        if fixed + 1 > limit:
-            raise ContextOverflow(
-                f"the prompt has {fixed} tokens without its documents and the model reads {limit}; shorten it"
-            )
-        total = fixed + placement.span([unit.length for unit in arrangement.units])
-        answer = 1 if total < limit else max(1, min(max_new_tokens, limit // 8))
-        return cls(limit, limit - fixed - answer)
-
-
 def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_tokens: int = 1) -> Look:
     """Read a question under a policy.
 
@@ -103,6 +70,18 @@ def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_toke
         ContextOverflow: question and prefix, or one document, do not fit into the positions.
     """
     room = Room.of(arrangement, policy.placement, model.max_length, max_new_tokens)
+    heats = rounds(model, arrangement, policy, room.capacity)
+    if not heats.heats:
+        return _look(model, arrangement, policy, room)
+    left = heats.arrangement
+    room = Room.of(left, policy.placement, model.max_length, max_new_tokens)
+    found = _look(model, left, heats.policy, room)
+    found.focus.dropped_at.update(heats.dropped_at)
+    return replace(found, question_mass={**heats.question_mass, **found.question_mass})
+
+
+def _look(model: Model, arrangement: Arrangement, policy: Policy, room: Room) -> Look:
+    """The same over documents that have been through their heats, or need none."""
     arranged, placed = place(arrangement, policy.placement, room.capacity)
     repair = policy.repair if arranged.units else None
     if repair is None or repair.needs_question or policy.pruning is not None:
@@ -114,17 +93,6 @@ def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_toke
     if policy.max_risk is not None and found.risk.value > policy.max_risk and arrangement.units:
         return _in_full(model, arrangement, policy, room, found)
     return found
-
-
-def place(arrangement: Arrangement, placement: Placement, capacity: int) -> tuple[Arrangement, Placed]:
-    """The documents at the positions that a placement gives them, without those it leaves out."""
-    lengths = [unit.length for unit in arrangement.units]
-    if not lengths:
-        return arrangement, Placed((), arrangement.query)
-    placed = placement.first(lengths, start=arrangement.start, capacity=capacity)
-    starts = dict(zip((u.number for u in arrangement.units), placed.starts, strict=True))
-    left = tuple(start for start in placed.starts if start is not None)
-    return arrangement.placed(starts, placed.query), Placed(left, placed.query)
 
 
 def _read(
@@ -236,26 +204,6 @@ def _in_full(model: Model, arrangement: Arrangement, policy: Policy, room: Room,
     return replace(full, risk=found.risk, question_mass=found.question_mass, in_full=True)
 
 
-class _Enough(Exception):
-    """The layers that were asked for have been read."""
-
-
-@dataclass(slots=True)
-class _FirstLayers:
-    """A table for the first layers only."""
-
-    table: SegmentTable
-    last: int
-
-    def at(self, layer: int) -> SegmentTable:
-        if layer > self.last:
-            raise _Enough
-        return self.table
-
-    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
-        """Nothing depends on it."""
-
-
 def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, torch.Tensor]:
     """How far the values of documents' rows change when they are read with everything before them.
 
@@ -270,16 +218,10 @@ def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, 
     everything = arrangement.again({u.number: range(u.kv.num_tokens) for u in arrangement.units})
     composed = everything.composed()
     num = composed.question
-    fresh = FreshRows(model.num_layers)
-    with suppress(_Enough):
-        read(
-            model,
-            _FirstLayers(composed.table, layer),
-            composed.tokens[:num],
-            composed.positions[:num],
-            fresh,
-        )
-    values = fresh.values(layer)
+    first = read_first(
+        model, Fixed(composed.table), composed.tokens[:num], composed.positions[:num], num_layers=layer + 1
+    )
+    values = first.fresh.values(layer)
     found = {}
     for segment in composed.table:
         if segment.document is None:

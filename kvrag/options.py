@@ -36,6 +36,15 @@ NamesArgument = Annotated[
 ]
 ChunkTokensOption = Annotated[int, typer.Option("--chunk-tokens", help="Longest chunk, in tokens.", min=1)]
 ByParagraphOption = Annotated[bool, typer.Option("--by-paragraph", help="Make each paragraph a chunk.")]
+ContextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        help="Encode each chunk behind: before (the parts before it), similar:2, or alone. "
+        "before/1024: at most so many tokens [as it was; before].",
+        show_default=False,
+    ),
+]
 TtlOption = Annotated[
     str | None,
     typer.Option("--ttl", help="Time to live of caches: 30d, 12h, 90m; never [as before].", metavar="TIME"),

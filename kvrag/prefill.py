@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from kvrag.attention import EncodeReading, Fixed, Looking, TableReading, Tables
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
+from kvrag.rotary import LayerSpec, rotate
 from kvrag.segments import KV, LayerKV, SegmentTable
 
 
@@ -34,7 +36,19 @@ def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens that are read one behind the other, and the texts among them whose rows are wanted.
+
+    Attributes:
+        tokens: at least one.
+        texts: first token of each text and the one behind its last.
+    """
+
+    tokens: tuple[int, ...]
+    texts: tuple[tuple[int, int], ...]
+
+
 def encode(
     model: Model, texts: Sequence[Sequence[int]], prefix: KV | None = None, *, token_budget: int = 2048
 ) -> list[KV]:
@@ -44,36 +58,107 @@ def encode(
         model: the decoder.
         texts: tokens of each text, at least one each.
         prefix: rows of the shared prefix; None for none.
-        token_budget: most tokens per forward pass, padding included.
+        token_budget: most tokens per forward pass, padding included; a longer text is read in strides.
 
     Returns:
         One KV per text, in order; the prefix's rows are not part of it.
     """
-    found: dict[int, KV] = {}
-    for batch in batches([len(t) for t in texts], token_budget):
-        found |= dict(zip(batch, _encode_batch(model, [texts[i] for i in batch], prefix), strict=True))
-    return [found[i] for i in range(len(texts))]
+    runs = [Run(tuple(text), ((0, len(text)),)) for text in texts]
+    return [kv for (kv,) in encode_runs(model, runs, prefix, token_budget=token_budget)]
 
 
-def _encode_batch(model: Model, texts: Sequence[Sequence[int]], prefix: KV | None) -> list[KV]:
-    longest = max(len(t) for t in texts)
-    ids = torch.zeros(len(texts), longest, dtype=torch.long, device=model.device)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.tensor(text)
+@torch.inference_mode()
+def encode_runs(
+    model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
+) -> list[list[KV]]:
+    """Read runs independently of each other, each right behind the prefix and each token once.
+
+    Rows of a text are those it has behind the prefix and the tokens of its run before it. Its keys are
+    rotated at its own positions 0..n-1, so that it can appear anywhere, with or without what stood there.
+
+    Args:
+        model: the decoder.
+        runs: what is to be read.
+        prefix: rows of the shared prefix; None for none.
+        token_budget: most tokens per forward pass, padding included; a longer run is read in strides.
+
+    Returns:
+        For each run, one KV per text of it.
+    """
+    found: dict[int, list[KV]] = {}
+    for batch in batches([len(run.tokens) for run in runs], token_budget):
+        some = [runs[i] for i in batch]
+        is_long = len(some[0].tokens) > token_budget
+        rows = _in_strides(model, some[0], prefix, token_budget) if is_long else _rows(model, some, prefix)
+        for place, i in enumerate(batch):
+            found[i] = [_text(model.specs, rows, place, runs[i].tokens, *text) for text in runs[i].texts]
+    return [found[i] for i in range(len(runs))]
+
+
+_RawRows = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys, not rotated, and values of each layer, [B, K, T, D] and [B, K, T, Dv]."""
+
+
+def _rows(model: Model, runs: Sequence[Run], prefix: KV | None) -> _RawRows:
+    """One forward pass over padded runs."""
+    longest = max(len(run.tokens) for run in runs)
+    ids = torch.zeros(len(runs), longest, dtype=torch.long, device=model.device)
+    for i, run in enumerate(runs):
+        ids[i, : len(run.tokens)] = torch.tensor(run.tokens)
     reading = EncodeReading(model.specs, prefix, longest, device=model.device)
     model.run(ids, reading)
+    return reading.kept
+
+
+def _in_strides(model: Model, run: Run, prefix: KV | None, stride: int) -> _RawRows:
+    """The same for one run, so that memory does not grow with the square of it."""
+    read: list[_RawRows] = []
+    for start in range(0, len(run.tokens), stride):
+        piece = Run(run.tokens[start : start + stride], ())
+        read.append(_rows(model, [piece], prefix))
+        prefix = _extended(model.specs, prefix, piece.tokens, read[-1])
     return [
-        KV(
-            tuple(text),
-            tuple(LayerKV(_own(k, i, len(text)), _own(v, i, len(text))) for k, v in reading.kept),
-        )
-        for i, text in enumerate(texts)
+        (torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2))
+        for layer in zip(*read, strict=True)
     ]
 
 
-def _own(batch: torch.Tensor, i: int, num_rows: int) -> torch.Tensor:
-    """[K, n, D], contiguous: one text's rows out of a padded batch, in memory of their own."""
-    return batch[i, :, :num_rows].clone(memory_format=torch.contiguous_format)
+def _extended(specs: Sequence[LayerSpec], prefix: KV | None, tokens: tuple[int, ...], rows: _RawRows) -> KV:
+    """A longer prefix: the rows behind it, their keys rotated once, at the places they have there."""
+    before = 0 if prefix is None else prefix.num_tokens
+    behind = _keep(specs, rows, 0, slice(0, len(tokens)), before)
+    if prefix is None:
+        return KV(tokens, behind)
+    layers = (
+        LayerKV(torch.cat((old.keys, new.keys), dim=1), torch.cat((old.values, new.values), dim=1))
+        for old, new in zip(prefix.layers, behind, strict=True)
+    )
+    return KV(prefix.tokens + tokens, tuple(layers))
+
+
+def _text(
+    specs: Sequence[LayerSpec], rows: _RawRows, i: int, tokens: tuple[int, ...], start: int, end: int
+) -> KV:
+    """One text's rows out of a padded batch."""
+    return KV(tokens[start:end], _keep(specs, rows, i, slice(start, end), 0))
+
+
+def _keep(
+    specs: Sequence[LayerSpec], rows: _RawRows, i: int, part: slice, position: int
+) -> tuple[LayerKV, ...]:
+    """Rows of every layer in memory of their own, keys rotated at positions from `position` on."""
+    device = rows[0][0].device
+    places = torch.arange(position, position + part.stop - part.start, device=device)
+    turns = {s: s.rotation.turn(places) if s.rotation else None for s in dict.fromkeys(specs)}
+    return tuple(
+        LayerKV(_own(rotate(keys[i : i + 1, :, part], turns[spec])), _own(values[i : i + 1, :, part]))
+        for spec, (keys, values) in zip(specs, rows, strict=True)
+    )
+
+
+def _own(rows: torch.Tensor) -> torch.Tensor:
+    """[K, n, D], contiguous, in memory of its own."""
+    return rows[0].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +269,68 @@ def read(
         return Read(logits[0], mass, focus, reading.columns)
     nothing = logits.new_zeros((model.num_layers, 0, len(tokens)), dtype=torch.float32)
     return Read(logits[0], nothing, nothing, {})
+
+
+class _Enough(Exception):
+    """The layers that were asked for have been read."""
+
+
+@dataclass(slots=True)
+class _First:
+    """Tables for the first layers only, and what those looked at."""
+
+    tables: Tables
+    num_layers: int
+    mass: list[torch.Tensor] = field(default_factory=list)
+    focus: list[torch.Tensor] = field(default_factory=list)
+
+    def at(self, layer: int) -> SegmentTable:
+        if layer >= self.num_layers:
+            raise _Enough
+        return self.tables.at(layer)
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        self.mass.append(mass)
+        self.focus.append(focus)
+        self.tables.note(layer, mass, focus)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstLayers:
+    """What reading tokens in the first layers gave.
+
+    Attributes:
+        fresh: rows of these layers.
+        mass: [S, T], float32, for each layer, see `Read`; nothing where there are no segments.
+        focus: the same for squared masses.
+    """
+
+    fresh: FreshRows
+    mass: list[torch.Tensor]
+    focus: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def read_first(
+    model: Model,
+    tables: Tables,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    num_layers: int,
+    looking: Looking | None = None,
+) -> FirstLayers:
+    """Read tokens in the first layers only; rows of deeper layers are not touched.
+
+    Args:
+        model: the decoder.
+        tables: what each of these layers reads.
+        tokens: at least one, in prompt order.
+        positions: of the tokens.
+        num_layers: how many, at least one.
+        looking: see there.
+    """
+    first, fresh = _First(tables, num_layers), FreshRows(model.num_layers)
+    with suppress(_Enough):
+        read(model, first, tokens, positions, fresh, looking=looking)
+    return FirstLayers(fresh, first.mass, first.focus)

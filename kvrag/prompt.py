@@ -61,6 +61,10 @@ class RagPrompt:
             raise InputError("the model's chat template leaves out the documents or the question")
         return cls(prefix, middle, suffix)
 
+    def before(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """The pieces between prefix and a document that stands behind these texts, as a prompt has them."""
+        return tuple(piece for text in texts for piece in (text, self.separator))
+
     def render(self, documents: Sequence[str], question: str) -> str:
         """The prompt as the model is to see it."""
         return f"{self.prefix}{self.separator.join(documents)}{self.middle}{question}{self.suffix}"

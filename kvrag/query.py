@@ -14,13 +14,14 @@ from kvrag.compose import compose
 from kvrag.config import Sampling
 from kvrag.decode import Behind, Step, choice, steps
 from kvrag.errors import CacheMiss, ContextOverflow, InputError
-from kvrag.focus.policy import PLAIN, Policy
+from kvrag.focus.policy import PLAIN, Policy, SecondLook
 from kvrag.focus.pruning import Pruning
+from kvrag.focus.together import groups_of, scores_of
 from kvrag.looking import Look, look
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
 from kvrag.plan import PromptPlan, plan
-from kvrag.text import Decoding, context_tokens
+from kvrag.text import Decoding, joined_tokens
 
 _WITH_SPANS = 3
 
@@ -36,8 +37,9 @@ class Request:
         is_rendered: the prompt came out of a chat template, which wrote any BOS itself.
         sampling: how the answer is chosen.
         policy: what is done with the documents.
-        neighbours: for chunks by name, texts of their most similar chunks, most similar first; for a policy
-            with `neighbours`.
+        contexts: for chunks by name, pieces of text that they are encoded behind beside the prefix, each
+            tokenised on its own.
+        sources: for chunks by name, what they are chunks of; for a policy that keeps chunks `together`.
     """
 
     prompt: str
@@ -46,7 +48,8 @@ class Request:
     is_rendered: bool
     sampling: Sampling
     policy: Policy = PLAIN
-    neighbours: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
@@ -69,7 +72,7 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     behind = Behind(
         looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=looking
     )
-    second = _SecondLook(policy, looked, behind)
+    second = _SecondLook(policy, looked, behind, _sources(request, planned))
     decoding = Decoding(model.text, sampling.stop)
     attention = Attention()
     tokens: list[int] = []
@@ -119,7 +122,9 @@ def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) 
             behind, texts, by_layer=tries_by_layer > 0, contexts=_contexts(caches, request, planned)
         )
         prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
-        arrangement = compose(planned, prefix, [document.kv for document in loaded])
+        arrangement = compose(
+            planned, prefix, [document.kv for document in loaded], _sources(request, planned)
+        )
         clock.lap("load")
         try:
             looked = look(caches.model, arrangement, policy, max_new_tokens=request.sampling.max_new_tokens)
@@ -134,18 +139,34 @@ def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) 
 
 def _contexts(caches: Caches, request: Request, planned: PromptPlan) -> list[Tokens] | None:
     """What each document's rows are encoded behind, beside the prefix; None: nothing."""
-    count = request.policy.neighbours
-    if not count:
+    if not request.contexts:
         return None
-    near = [request.neighbours.get(span.key, ())[:count] for span in planned.cached]
-    return [context_tokens(caches.model.text, texts) for texts in near]
+    names = _names(request.chunks, planned)
+    return [joined_tokens(caches.model.text, request.contexts.get(name, ())) for name in names]
+
+
+def _names(chunks: Mapping[str, str] | ChunkMatcher, planned: PromptPlan) -> list[str]:
+    """The chunk of each span; where several chunks have its text, each in turn."""
+    if isinstance(chunks, ChunkMatcher):
+        return [span.key for span in planned.cached]
+    left: dict[str, list[str]] = {}
+    for name, text in chunks.items():
+        left.setdefault(text.strip(), []).append(name)
+    twins = [left.get(span.text.strip(), []) for span in planned.cached]
+    return [t.pop(0) if t else span.key for span, t in zip(planned.cached, twins, strict=True)]
+
+
+def _sources(request: Request, planned: PromptPlan) -> list[str | None]:
+    """What each document is a chunk of."""
+    return [request.sources.get(name) for name in _names(request.chunks, planned)]
 
 
 class _SecondLook:
     """Lets the first tokens of the answer read every document, and decides by them who stays."""
 
-    def __init__(self, policy: Policy, looked: Look, behind: Behind) -> None:
+    def __init__(self, policy: Policy, looked: Look, behind: Behind, sources: Sequence[str | None]) -> None:
         self._look = policy.second_look
+        self._sources = sources
         self._behind = behind
         self._everyone = looked.everyone.seen_from(looked.fresh.num_rows)
         self._steps = 0
@@ -163,10 +184,17 @@ class _SecondLook:
             self._add(step)
         self._steps += 1
         if self._steps > self._look.after:
-            keep = Pruning(keep=self._look.keep).num_kept(len(self._scores))
-            best = sorted(self._scores, key=lambda n: (-self._scores[n], n))
-            self._behind.change(self._everyone.without(best[keep:]))
+            self._behind.change(self._everyone.without(self._losers(self._look)))
             self._look = None
+
+    def _losers(self, second: SecondLook) -> list[int]:
+        """Numbers of the documents that go."""
+        numbers = sorted(self._scores)
+        groups = groups_of([self._sources[n] for n in numbers], second.together)
+        scores = scores_of([self._scores[n] for n in numbers], groups, second.together)
+        keep = Pruning(keep=second.keep).num_kept(len(groups))
+        best_first = sorted(range(len(groups)), key=lambda g: (-scores[g], g))
+        return [numbers[i] for g in best_first[keep:] for i in groups[g]]
 
     def _add(self, step: Step) -> None:
         assert self._look is not None

@@ -137,8 +137,8 @@ def ask(
         k: how many chunks to retrieve.
         form: how documents and question stand in the prompt; default: in the words of the model's template.
         sampling: how the answer is chosen; greedy by default.
-        policy: what is done with the documents; None: the engine's. Without `neighbours` of its own it gets
-            the corpus's, so that every document comes from the store.
+        policy: what is done with the documents; None: the engine's. What they are encoded behind is the
+            corpus's `context`, so that every document comes from the store.
 
     Raises:
         InputError: the question is blank.
@@ -147,15 +147,15 @@ def ask(
         raise InputError("the question is empty")
     hits = corpus.search(question, k)
     form = form or RagPrompt.of(engine.model.text)
-    policy = policy or engine.policy
-    policy = replace(policy, neighbours=policy.neighbours or corpus.num_neighbours)
+    contexts = corpus.contexts([hit.id for hit in hits])
     stream = engine.stream_rendered(
         form.render([hit.text for hit in hits], question),
         {hit.id: hit.text for hit in hits},
         prefix=form.prefix,
         sampling=sampling,
         policy=policy,
-        neighbours=corpus.neighbours([hit.id for hit in hits]) if policy.neighbours else None,
+        contexts={name: form.before(texts) for name, texts in contexts.items()},
+        sources={hit.id: str(source) for hit in hits if (source := hit.metadata.get("source"))},
         is_rendered=form.is_rendered,
     )
     return Asked(question, hits, stream)

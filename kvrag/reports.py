@@ -9,11 +9,19 @@ from kvrag.store.base import Receipt, StoreStats
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What `ingest` did: the ids of all texts in order, and how many were new or there already."""
+    """What `ingest` did.
+
+    Attributes:
+        ids: of all texts, in order.
+        added: texts that were new.
+        skipped: texts that were there already.
+        completed: those among them that lacked their entry.
+    """
 
     ids: tuple[str, ...]
     added: int
     skipped: int
+    completed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,11 @@ class ReconcileReport:
 
 @dataclass(frozen=True, slots=True)
 class RenewReport:
-    """What `renew_neighbours` did.
+    """What `renew_contexts` did.
 
     Attributes:
         records: records in the collection.
-        changed: records that have other neighbours than before.
+        changed: records that are encoded behind something else than before.
         encoded: entries encoded for them.
         removed: entries that nobody refers to any more, deleted.
     """

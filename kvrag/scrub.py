@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kvrag.errors import ConfigError
 from kvrag.home import Home
 from kvrag.index import Index
-from kvrag.neighbours import KEY_FIELD
+from kvrag.items import KEY_FIELD
 from kvrag.portable.staging import abandoned, remove_abandoned
 from kvrag.store.base import CheckReport
 from kvrag.store.disk import DiskStore

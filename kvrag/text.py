@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -92,10 +92,9 @@ class Text:
         return tagged_digest({"tokenizer": made, "special": json.dumps(self.tokenizer.all_special_tokens)})
 
 
-def context_tokens(text: Text, neighbours: Sequence[str]) -> tuple[int, ...]:
-    """What a document is encoded behind, beside the prefix: its neighbours, the most similar one last."""
-    pieces = [text.tokenize(f"{neighbour}\n\n") for neighbour in reversed(neighbours)]
-    return tuple(token for piece in pieces for token in piece)
+def joined_tokens(text: Text, pieces: Iterable[str]) -> tuple[int, ...]:
+    """Tokens of pieces one behind the other, each tokenised on its own like the spans of a prompt."""
+    return tuple(token for piece in pieces for token in text.tokenize(piece))
 
 
 class Decoding:

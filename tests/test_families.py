@@ -26,7 +26,7 @@ from kvrag.decode import Behind, Step, choice, steps
 from kvrag.engine import Engine
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import Read, encode, read, read_prompt
+from kvrag.prefill import Read, Run, encode, encode_runs, read, read_prompt
 from kvrag.segments import Segment, SegmentTable
 from kvrag.testing.models import FAMILIES, MAX_LENGTHS, randomize, tiny, tiny_model, tiny_tokenizer
 
@@ -344,6 +344,31 @@ def test_texts_of_different_lengths_are_encoded_as_one_by_one(family: str) -> No
                 assert a.values.is_contiguous()
                 assert off(a.keys, b.keys) < TOLERANCE
                 assert off(a.values, b.values) < TOLERANCE
+
+
+@each_family
+def test_parts_of_one_run_are_encoded_as_one_by_one(family: str) -> None:
+    """In one pass, and in strides that cut texts, each text has the rows it has behind what stands before."""
+    model = model_of(family)
+    prefix_tokens, separator, *texts = words(5, 2, 17, 1, 28, 3)
+    tokens: tuple[int, ...] = ()
+    borders, expected = [], []
+    for text in texts:
+        (before,) = encode(model, [prefix_tokens + tokens])
+        expected += encode(model, [text], before)
+        borders.append((len(tokens), len(tokens) + len(text)))
+        tokens += text + separator
+    run, alone = Run(tokens[: -len(separator)], tuple(borders)), Run(texts[0], ((0, len(texts[0])),))
+    (prefix,) = encode(model, [prefix_tokens])
+    for budget in (2048, 60, 13, 1):
+        got, (first,) = encode_runs(model, [run, alone], prefix, token_budget=budget)
+        for kv, wanted in zip([*got, first], [*expected, expected[0]], strict=True):
+            assert kv.tokens == wanted.tokens
+            for a, b in zip(kv.layers, wanted.layers, strict=True):
+                assert a.keys.is_contiguous()
+                assert off(a.keys, b.keys) < TOLERANCE
+                assert off(a.values, b.values) < TOLERANCE
+    assert [kv.tokens for kv in encode_runs(model, [run], None, token_budget=7)[0]] == list(texts)
 
 
 @each_family

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from kvrag.config import Sampling
+from kvrag.config import ALONE, BEFORE, Context, Sampling
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, load
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError, StoreWriteError
-from kvrag.focus.policy import PRESETS
-from kvrag.focus.pruning import AttentionScore
+from kvrag.focus.policy import PRESETS, Policy
+from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning
 from kvrag.focus.repair import QueryDriven
+from kvrag.focus.together import Together
 from kvrag.home import Home, file_of, ingest
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
@@ -176,10 +177,11 @@ def test_an_interrupted_ingest_goes_on(home: Home, engine: Engine) -> None:
     documents = [Document(text, source) for source, text in many]
     with pytest.raises(KeyboardInterrupt):
         ingest(home, engine, documents, progress=interrupt)
-    assert len(texts_of(home)) == 32
+    assert len(texts_of(home)) == 40
+    assert home.store().stats().entries == 32
     assert home.exists()
     report = put(home, engine, *many)
-    assert (report.added, report.skipped) == (8, 32)
+    assert (report.added, report.skipped, report.completed) == (0, 40, 8)
     assert len(texts_of(home)) == home.store().stats().entries == 40
 
 
@@ -195,8 +197,9 @@ def test_an_ingest_interrupted_while_encoding_loses_nothing(
     with pytest.raises(KeyboardInterrupt):
         put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY))
     monkeypatch.undo()
-    assert texts_of(home) == [LIGHTHOUSE]
-    assert put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY)).added == 1
+    assert texts_of(home) == [FERRY, LIGHTHOUSE]
+    assert sorted(source.is_hit for source in question(home, engine).sources) == [False, True]
+    assert put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY)).skipped == 2
     assert home.store().stats().entries == 2
 
 
@@ -304,6 +307,21 @@ def test_one_text_in_two_files_names_both(home: Home, engine: Engine) -> None:
     reply = question(home, engine)
     assert sorted(s.name for s in reply.sources) == ["a.txt", "b.txt"]
     assert len({s.id for s in reply.sources}) == 2
+
+
+def test_chunks_of_one_file_stay_together_where_a_policy_wants_it(home: Home, engine: Engine) -> None:
+    put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY), ("a.txt", FERRY + " It is old."))
+    plain = question(home, engine)
+    whole = {s.id for s in plain.sources if s.name == "a.txt"}
+    order = [use.key for use in plain.answer.documents]
+    best = next(key for key in order if key in whole)
+    scorer = GivenScore(tuple(1.0 + 2 * (key == best) for key in order))
+    ways: tuple[Together | None, ...] = (None, "sum")
+    for together in ways:
+        pruning = Pruning(keep=1, scorer=scorer, together=together)
+        reply = question(home, engine, policy=Policy(pruning=pruning))
+        assert {s.id for s in reply.sources if s.is_read} == (whole if together else {best})
+    assert 1 < len(whole) < len(order)
 
 
 def test_the_text_begins_without_blanks(home: Home, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,19 +448,72 @@ def test_layers_and_rows_choose_what_is_read_again_too() -> None:
 
 def test_chunks_can_be_encoded_behind_similar_ones(home: Home, engine: Engine) -> None:
     documents = [Document(LIGHTHOUSE, "a.txt"), Document(FERRY, "b.txt")]
-    ingest(home, engine, documents, neighbours=1)
+    ingest(home, engine, documents, context=Context("similar", 1))
     with home.corpus(engine) as corpus:
-        assert corpus.num_neighbours == 1
+        assert corpus.context == Context("similar", 1)
         ids = [record.id for record in corpus.documents()]
-        assert set(corpus.neighbours(ids).values()) == {(LIGHTHOUSE,), (FERRY,)}
+        assert set(corpus.contexts(ids).values()) == {(LIGHTHOUSE,), (FERRY,)}
         answer = ask(engine, corpus, "Why?", form=home.form(engine)).reply().answer
         assert all(use.is_hit for use in answer.documents)
     ingest(home, engine, documents)  # a later call leaves it so
     with home.corpus(engine) as corpus:
-        assert corpus.num_neighbours == 1
-    ingest(home, engine, documents, neighbours=0)
+        assert corpus.context == Context("similar", 1)
+    ingest(home, engine, documents, context=ALONE)
     with home.corpus(engine) as corpus:
-        assert corpus.num_neighbours == 0
+        assert corpus.context == ALONE
         assert all(
             use.is_hit for use in ask(engine, corpus, "Why?", form=home.form(engine)).reply().answer.documents
         )
+
+
+def test_parts_of_a_file_are_encoded_behind_those_before_them(home: Home, engine: Engine) -> None:
+    text = f"{LIGHTHOUSE}\n\n{FERRY}\n\n{ORCHARD}"
+
+    def contexts() -> dict[str, tuple[str, ...]]:
+        with home.corpus(engine) as corpus:
+            assert corpus.reconcile().was_equal
+            records = list(corpus.documents())
+            found = corpus.contexts([record.id for record in records])
+            return {record.text: found[record.id] for record in records}
+
+    def again(text: str) -> Any:
+        report = ingest(home, engine, [Document(text, "a.txt")], by_paragraph=True)
+        assert all(source.is_hit for source in question(home, engine).sources)
+        return report
+
+    again(text)
+    assert contexts() == {LIGHTHOUSE: (), FERRY: (LIGHTHOUSE,), ORCHARD: (LIGHTHOUSE, FERRY)}
+    report = again(text.replace(FERRY, "No ferry crosses the Mirrow."))
+    assert (report.added, report.skipped) == (1, 2)
+    assert contexts()[ORCHARD] == (LIGHTHOUSE, "No ferry crosses the Mirrow.")
+    assert home.store().stats().entries == 3
+    again(LIGHTHOUSE)
+    assert contexts() == {LIGHTHOUSE: ()}
+    with home.corpus(engine) as corpus:
+        assert corpus.context == BEFORE
+
+
+def test_pages_are_parts_of_their_file_and_lines_are_not(home: Home, engine: Engine) -> None:
+    pages = [("a.pdf#page=1", LIGHTHOUSE), ("a.pdf#page=2", FERRY), ("b.jsonl#line=1", ORCHARD)]
+    put(home, engine, *pages, ("b.jsonl#line=2", "The mill grinds."))
+    with home.corpus(engine) as corpus:
+        ids = {record.text: record.id for record in corpus.documents()}
+        found = corpus.contexts(list(ids.values()))
+    assert {text: found[i] for text, i in ids.items() if found[i]} == {FERRY: (LIGHTHOUSE,)}
+
+
+def test_a_collection_keeps_its_choice(home: Home, engine: Engine) -> None:
+    with home.corpus(engine, context=ALONE) as corpus:
+        corpus.add([LIGHTHOUSE, FERRY], documents=["a.txt"] * 2)
+    put(home, engine, ("b.txt", ORCHARD))
+    with home.corpus(engine) as corpus:
+        assert corpus.context == ALONE  # what was begun so, stays so
+        assert corpus.reconcile().was_equal
+    ingest(home, engine, [Document(ORCHARD, "b.txt")], context=Context("before", max_tokens=64))
+    with home.corpus(engine) as corpus:
+        ids = {record.text: record.id for record in corpus.documents()}
+        assert corpus.contexts([ids[FERRY]]) == {ids[FERRY]: (LIGHTHOUSE,)}
+        assert corpus.reconcile().was_equal
+    put(home, engine, ("b.txt", ORCHARD))
+    with home.corpus() as corpus:
+        assert corpus.context == Context("before", max_tokens=64)

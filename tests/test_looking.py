@@ -435,15 +435,16 @@ def test_an_engine_has_a_policy_of_its_own(tmp_path: Path) -> None:
         Engine(model(), policy="best")
 
 
-def test_neighbours_are_part_of_what_is_kept(tmp_path: Path) -> None:
-    """Rows behind other texts are other rows: never mixed, found again under the same neighbours."""
+def test_contexts_are_part_of_what_is_kept(tmp_path: Path) -> None:
+    """Rows behind other texts are other rows: never mixed, found again behind the same texts."""
     form = RagPrompt("Read this.\n\n", is_rendered=False)
     prompt = form.render(DOCUMENTS[:2], "Why?")
-    near = {"0": (DOCUMENTS[1],), "1": (DOCUMENTS[0], DOCUMENTS[2])}
+    one = {"0": form.before([DOCUMENTS[1]]), "1": form.before([DOCUMENTS[0]])}
+    more = one | {"1": form.before([DOCUMENTS[2], DOCUMENTS[0]])}
 
-    def answer(policy: Policy, neighbours: dict[str, tuple[str, ...]]) -> Answer:
+    def answer(contexts: dict[str, tuple[str, ...]], policy: Policy = PLAIN) -> Answer:
         stream = engine.stream_rendered(
-            prompt, DOCUMENTS[:2], prefix=form.prefix, policy=policy, neighbours=neighbours, is_rendered=False
+            prompt, DOCUMENTS[:2], prefix=form.prefix, policy=policy, contexts=contexts, is_rendered=False
         )
         for _ in stream:
             pass
@@ -451,13 +452,13 @@ def test_neighbours_are_part_of_what_is_kept(tmp_path: Path) -> None:
         return stream.answer
 
     with Engine(model(), tmp_path / "store") as engine:
-        alone = answer(PLAIN, near)
-        behind = answer(Policy(neighbours=1), near)
+        alone = answer({})
+        behind = answer(one)
         assert [u.is_hit for u in behind.documents] == [False, False]
-        assert [u.is_hit for u in answer(Policy(neighbours=1), near).documents] == [True, True]
-        more = answer(Policy(neighbours=2), near)
-        assert [u.is_hit for u in more.documents] == [True, False]  # document 0 has one neighbour only
-        assert [u.is_hit for u in answer(PLAIN, near).documents] == [True, True]
+        for policy in (PLAIN, preset("cachefocus"), preset("query-driven"), preset("epic"), preset("pcw")):
+            assert [u.is_hit for u in answer(one, policy).documents] == [True, True]
+        assert [u.is_hit for u in answer(more).documents] == [True, False]
+        assert [u.is_hit for u in answer({}).documents] == [True, True]
         assert behind.documents[0].mass != alone.documents[0].mass
 
 

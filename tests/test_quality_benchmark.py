@@ -272,3 +272,15 @@ def test_the_page_survives_json(bench: dict[str, ModuleType]) -> None:
     lines = bench["page"].lines(data)
     assert "## One-document questions" in lines
     assert any("100.0" in line and line.startswith("| re-positioning") for line in lines)
+
+
+def test_times_are_those_of_quiet_runs_where_there_are_some(bench: dict[str, ModuleType]) -> None:
+    summary, full = bench["summary"], bench["policies"].FULL
+
+    def medians(*milliseconds: float, timed: tuple[float, ...] = ()) -> list[float]:
+        records = [{"documents": 5, "answers": {full: [1, 1, ms, 0]}} for ms in milliseconds]
+        records += [{"documents": 5, "answers": {full: [1, 1, ms, 0]}, "timed": True} for ms in timed]
+        return [row[2] for row in summary._ttft(records, [full])]
+
+    assert medians(900.0, 800.0) == [850.0]
+    assert medians(900.0, 800.0, timed=(100.0,)) == [100.0]

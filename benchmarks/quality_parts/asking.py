@@ -31,6 +31,7 @@ from kvrag.prefill import read
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.store.memory import MemoryStore
+from kvrag.text import joined_tokens
 
 # Positions that are left for an answer where documents have to share; comparisons are the longest.
 ROOM = 48
@@ -135,6 +136,7 @@ class Opened:
         self.caches = Caches(bench.model, MemoryStore())
         self.texts = context.parts
         self.units = [form.text.tokenize(part) for part in self.texts]
+        self.sources = context.sources
         start = time.perf_counter()
         self.rows: list[KV] = [d.kv for d in self.caches.documents(form.prefix, self.units)]
         self.encode_seconds = time.perf_counter() - start
@@ -146,12 +148,9 @@ class Opened:
         """The prompt as the engine composes it, of units that were encoded behind something or not."""
         if behind not in self._behind:
             contexts = self._before() if behind == "before" else self._similar()
-            form, rows = self.bench.form, self.rows
-            self._behind[behind] = [
-                self.caches.encode(form.prefix + context, [unit], keep=False)[0] if context else row
-                for context, unit, row in zip(contexts, self.units, rows, strict=True)
-            ]
-        return compose(self.bench.form.plan(self.units, question), self.prefix, self._behind[behind])
+            self._behind[behind] = self.caches.encode(self.bench.form.prefix, self.units, contexts)
+        plan = self.bench.form.plan(self.units, question)
+        return compose(plan, self.prefix, self._behind[behind], self.sources)
 
     def _before(self) -> list[tuple[int, ...]]:
         """For each unit, the parts before it in its document."""
@@ -171,7 +170,7 @@ class Opened:
 
     def _joined(self, parts: Sequence[str]) -> tuple[int, ...]:
         form = self.bench.form
-        return tuple(token for part in parts for token in (*form.text.tokenize(part), *form.separator))
+        return joined_tokens(form.text, form.prompt.before(parts))
 
     def num_tokens(self, question: str, num_units: int | None = None) -> int:
         """Length of the prompt with the first units."""
@@ -264,6 +263,7 @@ class Opened:
             form.prompt.is_rendered,
             Sampling(max_new_tokens=max(len(right), len(greedy or ()))),
             policy,
+            sources={str(i): source for i, source in enumerate(self.sources)},
         )
         *_, given = answer(self.caches, request)
         assert isinstance(given, Answer)

@@ -14,6 +14,7 @@ from quality_parts.summary import ALL, rows_of
 LEAST = 15
 
 CACHEFOCUS, FOCUSED = "keep .5, sort", "keep 2, best layer"
+HEATED = "keep 2, best layer, heats"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 
 Cell = dict[str, Any]
@@ -107,6 +108,7 @@ def _beyond(m: Measured) -> Iterator[Verdict]:
         (PLAIN, "re-positioned caches that share positions stay level (under 2 points)"),
         (CACHEFOCUS, "CacheFocus, half of the units kept, stays level (under 2 points)"),
         (FOCUSED, "CacheFocus with the best layer, two units kept, stays level (under 2 points)"),
+        (HEATED, "the same with heats beyond the window stays level (under 2 points)"),
     ):
         num = max((n for n in m.beyond if m.cell(policy, n, "one")), default=most)
         before, after = m.cell(policy, inside, "one"), m.cell(policy, num, "one")
@@ -118,7 +120,7 @@ def _beyond(m: Measured) -> Iterator[Verdict]:
             f"one-document questions, {inside} to {far if num == most else f'{num} documents'}: "
             f"{100 * share(before):.1f} to {100 * share(after):.1f} %, a fall of {points(drop, low, high)}"
         )
-        yield Verdict(claim, "CacheFocus" if policy != PLAIN else "ours", verdict, evidence)
+        yield Verdict(claim, "ours" if policy in (PLAIN, HEATED) else "CacheFocus", verdict, evidence)
 
 
 def _inside(m: Measured) -> Iterator[Verdict]:

@@ -60,6 +60,11 @@ class Context:
         """Texts of all units."""
         return [part for document in self.documents for part in document.parts]
 
+    @property
+    def sources(self) -> list[str]:
+        """For each unit, the document that it is a part of."""
+        return [str(i) for i, document in enumerate(self.documents) for _ in document.parts]
+
 
 def kinds_of(num_documents: int) -> tuple[str, ...]:
     """Kinds of questions that so many documents can serve."""

@@ -21,6 +21,7 @@ SHOWN = (
     (PLAIN, "tab:blue", "-"),
     ("keep .5, sort", "tab:green", "-"),
     ("keep 2, best layer", "tab:green", "--"),
+    ("keep 2, best layer, heats", "tab:olive", "--"),
     ("second look, keep 2, squared", "tab:olive", "-"),
     ("EPIC 16", "tab:purple", "--"),
     ("query-driven .15, best layers", "tab:orange", "-"),

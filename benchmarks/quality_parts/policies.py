@@ -7,21 +7,27 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvrag.focus import policy as presets
+from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.policy import Policy, SecondLook
 from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore, Scorer
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
+from kvrag.focus.together import Together
 from kvrag_kernels import Group
 
 FULL, TRUNCATED, PLAIN = "full attention", "full, truncated", "re-positioning"
 KEEPS = (1, 2, 0.5)
+HEATS = Heats()
+TOGETHER: Together = "max"
+IN_HEATS = "keep 2 documents, best layer, heats"
 
 # What plots and claims rest on.
 CORE = frozenset(
     {
         *(PLAIN, "naive", "PCW", "APE .9/.9"),
-        *("keep .5, sort", "keep .5, random", "keep .5, rank", "keep 2, best layer"),
-        "encoded behind parts before",
+        *("keep .5, sort", "keep .5, random", "keep .5, rank"),
+        *("keep 2, best layer", "keep 2, best layer, heats"),
+        *("encoded behind parts before", f"parts before + {IN_HEATS}"),
     }
 )
 # The same over few documents; reading rows of many documents again takes most of the time.
@@ -116,8 +122,16 @@ def _layouts() -> list[Entry]:
     ]
 
 
-def _pruning(keep: float, order: str, scorer: Scorer, start: int | None = None) -> Policy:
-    pruning = Pruning(keep=keep, scorer=scorer, start=start)
+def _pruning(
+    keep: float,
+    order: str,
+    scorer: Scorer,
+    start: int | None = None,
+    *,
+    heats: Heats | None = None,
+    together: Together | None = None,
+) -> Policy:
+    pruning = Pruning(keep=keep, scorer=scorer, start=start, heats=heats, together=together)
     return Policy(name="cachefocus", placement=Placement(order=order), pruning=pruning)
 
 
@@ -159,14 +173,29 @@ def _best(scores: Scores) -> list[Entry]:
         ("best pair", scores.pair, keep) for keep in KEEPS[1:]
     ]
     return [
-        _fixed(
-            f"keep {_short(keep)}, {name}",
-            "best layers",
-            _pruning(keep, "sort", score, _from(score)),
-            least=2,
-        )
-        for name, score, keep in made
+        *(
+            _fixed(
+                f"keep {_short(keep)}, {name}",
+                "best layers",
+                _pruning(keep, "sort", score, _from(score)),
+                least=2,
+            )
+            for name, score, keep in made
+        ),
+        *(_fixed(name, "best layers", policy, least=2) for name, policy in _whole(scores).items()),
     ]
+
+
+def _whole(scores: Scores) -> dict[str, Policy]:
+    """Ours: in heats beyond the window, and with the parts of a document kept together."""
+    best = _pruning(2, "sort", scores.single, _from(scores.single), heats=HEATS)
+    documents = _pruning(2, "sort", scores.single, _from(scores.single), together=TOGETHER)
+    both = _pruning(2, "sort", scores.single, _from(scores.single), heats=HEATS, together=TOGETHER)
+    return {
+        "keep 2, best layer, heats": best,
+        "keep 2 documents, best layer": documents,
+        IN_HEATS: both,
+    }
 
 
 def _second() -> list[Entry]:
@@ -208,6 +237,9 @@ def _offline(scores: Scores) -> list[Entry]:
             for name, behind in _BEHIND.items()
         ),
         Entry("parts before + query-driven", "offline", lambda _: repaired, behind="before"),
+        Entry(
+            f"parts before + {IN_HEATS}", "offline", lambda _: _whole(scores)[IN_HEATS], 2, behind="before"
+        ),
     ]
 
 

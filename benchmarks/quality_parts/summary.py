@@ -204,6 +204,7 @@ def _risk(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
 
 
 def _ttft(records: Sequence[Record], policies: Sequence[str]) -> Iterable[Sequence[Any]]:
+    records = [r for r in records if r.get("timed")] or records
     for (num,), some in _by(records, "documents").items():
         full = [r["answers"][FULL][2] for r in some if FULL in r["answers"]]
         for policy in policies:

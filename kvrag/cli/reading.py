@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvrag.cli.opening import load_engine, open_home, pin_entries, remember, warn_of_reader
+from kvrag.config import Context
 from kvrag.errors import InputError
 from kvrag.options import (
     BudgetOption,
@@ -16,6 +17,7 @@ from kvrag.options import (
     ChromaOption,
     ChunkTokensOption,
     CollectionOption,
+    ContextOption,
     DeviceOption,
     DtypeOption,
     HomeOption,
@@ -39,12 +41,7 @@ def ingest(
     dtype: DtypeOption = "auto",
     chunk_tokens: ChunkTokensOption = 512,
     by_paragraph: ByParagraphOption = False,
-    neighbours: Annotated[
-        int | None,
-        typer.Option(
-            help="Encode each chunk behind so many similar ones; 0: none.", min=0, show_default=False
-        ),
-    ] = None,
+    context: ContextOption = None,
     codec: Annotated[
         str | None, typer.Option(help="How caches are written: raw, fp8, int8 or int4 [as before; raw].")
     ] = None,
@@ -63,6 +60,7 @@ def ingest(
     from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
+    chosen = None if context is None else Context.parse(context)
     place = open_home(folder, chroma, collection)
     remember(place, ttl=ttl, budget=budget)
     texts = list(files.load(paths))
@@ -75,7 +73,7 @@ def ingest(
                 texts,
                 chunk_tokens=chunk_tokens,
                 by_paragraph=by_paragraph,
-                neighbours=neighbours,
+                context=chosen,
                 progress=progress,
             )
         with place.corpus(engine) as corpus:

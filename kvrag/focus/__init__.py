@@ -1,5 +1,6 @@
 """What is done with a prompt's documents: where they stand, who is dropped, which rows are read again."""
 
+from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placed, Placement
 from kvrag.focus.policy import (
     PLAIN,
@@ -28,6 +29,7 @@ __all__ = [
     "FirstRows",
     "GivenScore",
     "Group",
+    "Heats",
     "Placed",
     "Placement",
     "Policy",

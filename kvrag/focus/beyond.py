@@ -70,11 +70,15 @@ def _in_places(place: Callable[[int, int], int], widths: Sequence[int], room: in
     def places_of(count: int) -> list[int]:
         wide = [0] * count
         for rank, width in enumerate(widths):
-            wide[place(rank, count)] = max(wide[place(rank, count)], width)
+            at = place(rank, count)
+            wide[at] = max(wide[at], width)
         return wide
 
-    # Every number is tried: with varied widths, more places can take less room than fewer do.
-    wide = next(w for w in map(places_of, range(len(widths), 0, -1)) if sum(w) <= room)
+    # Every place is as wide as the narrowest document at least. Of the numbers that leaves, every one is
+    # tried: with varied widths, more places can take less room than fewer do.
+    narrowest = min(widths)
+    most = min(len(widths), room // narrowest) if narrowest else len(widths)
+    wide = next(w for w in map(places_of, range(most, 0, -1)) if sum(w) <= room)
     offsets = side_by_side(wide)
     return tuple(offsets[place(rank, len(wide))] for rank in range(len(widths)))
 

@@ -10,6 +10,7 @@ import torch
 from kvrag.compose import Arrangement
 from kvrag.focus.placement import Placed, Placement
 from kvrag.focus.pruning import Pruning
+from kvrag.focus.together import groups_of, scores_of
 from kvrag.segments import SegmentTable
 
 
@@ -50,6 +51,9 @@ class Focus:
         self._placed = placed
         self._documents = [unit.number for unit in arrangement.units]
         self._rows = [i for i, s in enumerate(self._table) if s.document is not None]
+        self._together = pruning.together if pruning is not None else None
+        self._groups = groups_of([unit.source for unit in arrangement.units], self._together)
+        self._left = list(range(len(self._groups)))  # places in `_groups`
         self.scores = [0.0] * len(self._documents)
         self.survivors = list(range(len(self._documents)))  # places in `_documents`
         self.dropped_at: dict[int, int] = {}
@@ -59,7 +63,7 @@ class Focus:
         """Prune, place, and give the table of this layer."""
         if self._pruning is not None:
             gone = self._pruning.dropped(
-                layer, self._num_layers, self.survivors, self.scores, len(self._documents)
+                layer, self._num_layers, self._left, self.group_scores(), len(self._groups)
             )
             if gone:
                 self._drop(gone, layer)
@@ -79,9 +83,17 @@ class Focus:
     def _num_question_rows(self) -> int:
         return len(self._composed.tokens) - self._composed.question
 
-    def _drop(self, gone: Sequence[int], layer: int) -> None:
+    def group_scores(self) -> list[float]:
+        """Running score of each group of documents that share their fate, in order of its first document."""
+        return scores_of(self.scores, self._groups, self._together)
+
+    def _drop(self, groups: Sequence[int], layer: int) -> None:
+        gone = {i for group in groups for i in self._groups[group]}
+        self._left = [group for group in self._left if group not in groups]
         self.survivors = [i for i in self.survivors if i not in gone]
-        numbers = [self._documents[i] for i in gone]
+        numbers = [self._documents[i] for i in sorted(gone)]
+        pairs = zip(self.group_scores(), self._groups, strict=True)
+        joint = {i: score for score, group in pairs for i in group}
         self.dropped_at |= dict.fromkeys(numbers, layer)
         table = self._table.without(numbers, from_layer=layer)
         lengths = [self._units[number].length for number in self._documents]
@@ -91,7 +103,7 @@ class Focus:
             start=self._start,
             capacity=self._capacity,
             survivors=self.survivors,
-            scores=self.scores,
+            scores=[joint[i] for i in range(len(joint))],
         )
         starts = dict(zip(self._documents, self._placed.starts, strict=True))
         self._table = SegmentTable(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvrag.errors import ConfigError
+from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.pruning import AttentionScore, Pruning, Scorer
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven, Repair
+from kvrag.focus.together import Together, check
 from kvrag_kernels import Group
 
 
@@ -21,14 +23,17 @@ class SecondLook:
         after: tokens of the answer that score.
         keep: documents left then: a number, or a share of all.
         scorer: what decides.
+        together: chunks of one source stay or go together, see `Pruning`.
     """
 
     after: int = 4
     keep: int | float = 0.5
     scorer: Scorer = field(default_factory=AttentionScore)
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
+        check(self.together)
         if self.after < 1:
             raise ConfigError(f"after={self.after}: expected at least 1 token of the answer")
         Pruning(keep=self.keep)  # the same bounds
@@ -45,8 +50,6 @@ class Policy:
         second_look: whether the first tokens of the answer decide anew.
         group: temperature and scale of the attention to all documents together (APE); None: as to anything.
         repair: which rows of documents are read again; None: none.
-        neighbours: a document's rows are encoded behind so many of its most similar documents (FusionRAG,
-            arXiv:2601.12904, offline part); 0: behind the prefix alone. For corpora built with as many.
         per_layer: decode with each layer's own positions from the reading of the question, instead of the
             last ones in all layers.
         max_risk: read the documents in full if the answer's risk is above (see `kvrag.focus.risk`); None:
@@ -60,25 +63,28 @@ class Policy:
     second_look: SecondLook | None = None
     group: Group | None = None
     repair: Repair | None = None
-    neighbours: int = 0
     per_layer: bool = False
     max_risk: float | None = None
     spans: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse settings without a meaning."""
-        if self.neighbours < 0:
-            raise ConfigError(f"neighbours={self.neighbours}: expected 0 or more")
 
 
 PLAIN = Policy()
 
 
 def cachefocus(
-    keep: int | float = 0.5, *, layers: tuple[int, ...] | None = None, repair: Repair | None = None
+    keep: int | float = 0.5,
+    *,
+    layers: tuple[int, ...] | None = None,
+    repair: Repair | None = None,
+    heats: Heats | None = None,
+    together: Together | None = None,
 ) -> Policy:
-    """Prune while the question is read, the survivors sorted towards the query (arXiv:2502.11101)."""
-    pruning = Pruning(keep=keep, scorer=AttentionScore(layers))
+    """Prune while the question is read, the survivors sorted towards the query (arXiv:2502.11101).
+
+    Not the paper's: with `heats`, documents beyond the window are compared in groups first; with `together`,
+    chunks of one source share their fate.
+    """
+    pruning = Pruning(keep=keep, scorer=AttentionScore(layers), heats=heats, together=together)
     return Policy(name="cachefocus", placement=Placement(order="sort"), pruning=pruning, repair=repair)
 
 

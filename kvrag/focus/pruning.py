@@ -7,100 +7,15 @@ arXiv:2502.11101. The unit is a whole document, never a token.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-import torch
 
 from kvrag.errors import ConfigError
+from kvrag.focus.heats import Heats
+from kvrag.focus.scoring import AttentionScore, GivenScore, RandomScore, RankScore, Scorer
+from kvrag.focus.together import Together, check
 
-
-class Scorer(Protocol):
-    """Scores documents while the layers are read."""
-
-    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
-        """What a layer adds to the documents' running scores; higher is better.
-
-        Args:
-            layer: number of the layer that has just attended.
-            mass: [N, T], float32: attention mass of each document per row of the question, mean over heads.
-            focus: [N, T], float32: the same for squared masses.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionScore:
-    """Mean attention mass over heads and rows of the question, summed over layers (CacheFocus, sec. 3).
-
-    Attributes:
-        layers: layers that count; None: all. Which ones are worth counting differs from model to model.
-        rows: "question": the mean over all its rows; "last": the row that chooses the first token.
-        squared: count squared masses: heads that look at one document count, heads that look everywhere
-            hardly do.
-    """
-
-    layers: tuple[int, ...] | None = None
-    rows: Literal["question", "last"] = "question"
-    squared: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse unknown rows."""
-        if self.rows not in ("question", "last"):
-            raise ConfigError(f"rows={self.rows!r}: expected 'question' or 'last'")
-
-    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
-        """See `Scorer`."""
-        seen = focus if self.squared else mass
-        if self.layers is not None and layer not in self.layers:
-            return [0.0] * len(seen)
-        found: list[float] = (seen.mean(-1) if self.rows == "question" else seen[:, -1]).tolist()
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class RankScore:
-    """The retriever's order: the first document is the best. A control: it needs no attention."""
-
-    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
-        """See `Scorer`."""
-        return [float(-i) for i in range(len(mass))]
-
-
-@dataclass(frozen=True, slots=True)
-class RandomScore:
-    """Chance. A control: what attention finds has to beat it.
-
-    Attributes:
-        seed: the same seed drops the same documents of a prompt with as many.
-    """
-
-    seed: int = 0
-
-    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
-        """See `Scorer`."""
-        order = list(range(len(mass)))
-        random.Random(self.seed).shuffle(order)
-        return [float(i) for i in order]
-
-
-@dataclass(frozen=True, slots=True)
-class GivenScore:
-    """Scores known beforehand: a reranker's, or the truth as a control.
-
-    Attributes:
-        scores: one per document, in retrieval order.
-    """
-
-    scores: tuple[float, ...]
-
-    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
-        """See `Scorer`."""
-        if len(self.scores) != len(mass):
-            raise ConfigError(f"{len(self.scores)} scores were given for {len(mass)} documents")
-        return self.scores
+__all__ = ["AttentionScore", "GivenScore", "Pruning", "RandomScore", "RankScore", "Scorer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +29,9 @@ class Pruning:
         drop: documents dropped at once; None: as many as reach `keep` in the last prune.
         below: drop what scores below this share of the best score instead, never fewer left than `keep`.
         scorer: what decides; the lowest running score goes first, at equal scores the later document.
+        heats: what happens before where documents do not fit into the window; None: they share positions.
+        together: chunks of one source are kept or dropped together, by the "sum" of their scores or the
+            "max"; `keep` and `drop` then count sources. None: each on its own.
     """
 
     keep: int | float = 0.5
@@ -122,6 +40,8 @@ class Pruning:
     drop: int | None = None
     below: float | None = None
     scorer: Scorer = field(default_factory=AttentionScore)
+    heats: Heats | None = None
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
@@ -133,6 +53,7 @@ class Pruning:
             raise ConfigError(f"every={self.every}, drop={self.drop}: expected at least 1")
         if self.start is not None and self.start < 1:
             raise ConfigError(f"start={self.start}: the first layer has to attend before there are scores")
+        check(self.together)
         if self.below is not None and not 0 < self.below <= 1:
             raise ConfigError(f"below={self.below}: expected a share of the best score, above 0 up to 1")
 
@@ -143,7 +64,7 @@ class Pruning:
 
     def prunes_before(self, layer: int, num_layers: int) -> bool:
         """Whether documents may be dropped before layer `layer`."""
-        start = self._start(num_layers)
+        start = self.first(num_layers)
         return start <= layer < num_layers and (layer - start) % self.every == 0
 
     def dropped(
@@ -171,5 +92,6 @@ class Pruning:
         prunes_left = len(range(layer, num_layers, self.every))
         return worst_first[: min(surplus, self.drop or math.ceil(surplus / prunes_left))]
 
-    def _start(self, num_layers: int) -> int:
+    def first(self, num_layers: int) -> int:
+        """First layer before which documents may be dropped."""
         return max(1, num_layers // 4) if self.start is None else self.start

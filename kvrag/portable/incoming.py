@@ -135,7 +135,7 @@ def _commit(home: Home, staged: Staged, archive: Archive, *, replace: bool) -> t
     try:
         index.begin_writing()
         changed, replaced = _differences(index, staged, archive)
-        if replaced and index.neighbours:
+        if replaced and index.context not in (None, "alone"):
             raise InputError(
                 f"{len(replaced)} documents are here with another text, such as {min(replaced)!r}, and "
                 "others may be encoded behind them; remove them first (kvrag rm); nothing was changed"
@@ -192,11 +192,12 @@ def _open_index(home: Home, staged: Staged) -> Index:
             f"the collection here has the embedding {ours['name']!r}, the file's {str(name)[:80]!r} or other "
             "settings of it; import into another --collection; nothing was changed"
         )
-    if index.neighbours != staged.neighbours and index.count():
+    if index.context != staged.context and index.count():
+        context = index.context or "alone"
         index.close()
         raise InputError(
-            f"the documents here are encoded behind {index.neighbours} others, the file's behind "
-            f"{staged.neighbours}; import into another --collection; nothing was changed"
+            f"the chunks here are encoded by the rule {context}, the file's by {staged.context or 'alone'}; "
+            "import into another --collection; nothing was changed"
         )
     return index
 
@@ -243,7 +244,7 @@ def _complete(
 
 
 def _settle(home: Home, index: Index, staged: Staged) -> None:
-    """Number of neighbours, and the settings where there are none yet."""
-    if staged.neighbours != index.neighbours:
-        index.note_neighbours(staged.neighbours)
+    """What chunks are encoded behind, and the settings where there are none yet."""
+    if staged.context is not None and staged.context != index.context:
+        index.note_context(staged.context)
     home.take_over(staged.settings)

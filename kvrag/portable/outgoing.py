@@ -135,7 +135,7 @@ def _head(settings: Any, index: Index) -> dict[str, Any]:
         "version": VERSION,
         "layout": LAYOUT_VERSION,
         "created": time.time(),
-        "collection": {"name": index.name, "embedding": index.embedding, "neighbours": index.neighbours},
+        "collection": {"name": index.name, "embedding": index.embedding, "context": index.context},
         "settings": {
             "model": settings.model,
             "codec": settings.codec,

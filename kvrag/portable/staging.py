@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from kvrag.config import Context
 from kvrag.errors import CacheMiss, InputError
 from kvrag.home import Home, Settings
 from kvrag.index import Index, Record, Vector
 from kvrag.lockstep import Progress, batches
-from kvrag.neighbours import MAX_NEIGHBOURS
 from kvrag.portable.archive import HEAD, Archive, Member, parse, rank
 from kvrag.portable.outgoing import FORMAT, VERSION
 from kvrag.prompt import RagPrompt
@@ -45,7 +45,7 @@ class Staged:
     store: DiskStore
     settings: Settings
     embedding: dict[str, Any]
-    neighbours: int
+    context: str | None
     parts: list[Path] = field(default_factory=list)
     records: int = 0
     dimension: int | None = None
@@ -158,16 +158,14 @@ def _head(archive: Archive, folder: Path, raw: bytes) -> Staged:
         given, collection = fields["settings"], fields["collection"]
         forms = {str(name)[:_LONGEST_NAME]: _form(form) for name, form in given["forms"].items()}
         settings = Settings(_text(given["model"]), forms, codec=codec_named(_text(given["codec"])).name)
-        embedding, neighbours = dict(collection["embedding"]), _count(collection["neighbours"])
+        embedding, context = dict(collection["embedding"]), _context(collection["context"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # also ConfigError, of the codec
         raise archive.refuse(f"its head lacks or misspells {error}") from error
-    return Staged(folder, DiskStore(folder / "store", keep_bytes=0), settings, embedding, neighbours)
+    return Staged(folder, DiskStore(folder / "store", keep_bytes=0), settings, embedding, context)
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NEIGHBOURS:
-        raise ValueError("neighbours")
-    return value
+def _context(value: Any) -> str | None:
+    return None if value is None else str(Context.parse(_text(value)))
 
 
 def _text(value: Any) -> str:

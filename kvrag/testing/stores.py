@@ -20,7 +20,6 @@ from kvrag.store.base import KVStore
 from kvrag.store.folder import EntryFolder
 from kvrag.store.key import EntryKey, Fingerprint
 
-
 FILLED_SHAPES = ((1, 4, 4),)
 """(K, D, Dv) of the layers of entries made by `fill`."""
 

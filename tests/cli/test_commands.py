@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from kvrag.home import Home
+
 Run = Callable[..., Any]
 Refused = Callable[[Any, str], None]
 LIGHTHOUSE = "The lighthouse of Varn was built in 1871."
@@ -103,6 +105,21 @@ def test_caches_in_fewer_bits(run: Run, notes: Path, model: Path, assert_refused
     assert ingest()["cache_bytes"] == stays
     assert ingest("--codec", "raw")["cache_bytes"] == pytest.approx(raw["cache_bytes"], rel=0.001)
     assert_refused(run("ingest", notes, "--model", model, "--codec", "zip"), "no codec 'zip'")
+
+
+def test_what_chunks_are_encoded_behind(run: Run, notes: Path, model: Path, assert_refused: Refused) -> None:
+    """The choice is remembered, and can be changed."""
+    home = Home(Path(".kvrag"))
+
+    def chosen(*options: str) -> str:
+        assert run("ingest", notes, "--model", model, *options).status == 0
+        with home.corpus() as corpus:
+            return str(corpus.context)
+
+    assert [chosen(), chosen("--context", "similar:1"), chosen()] == ["before", "similar:1", "similar:1"]
+    assert chosen("--context", "before/64") == "before/64"
+    assert run("ask", "Who?", "--max-new-tokens", "2").status == 0
+    assert_refused(run("ingest", notes, "--model", model, "--context", "after"), "expected alone, before")
 
 
 def test_sampling_is_repeatable(ingested: Run) -> None:

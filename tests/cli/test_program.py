@@ -237,8 +237,8 @@ def test_ctrl_c_keeps_what_is_complete(model: Path, tmp_path: Path) -> None:
     assert err == "interrupted: what is complete stays; run the same command again to go on\n"
     with Home(tmp_path / ".kvrag").corpus() as corpus:
         counts = corpus.stats()
-    assert 32 <= counts.documents < 4000
-    assert counts.store.entries >= counts.documents
+    assert counts.documents == 4000  # all of them are there, and read anew where their entry is not built yet
+    assert 32 <= counts.store.entries < 4000
 
 
 def test_ctrl_c_in_an_answer(ingested: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from chromadb.utils.embedding_functions import register_embedding_function
 
+from kvrag.config import ALONE, Context
 from kvrag.documents import Document
 from kvrag.embedding import HashedEmbedding
 from kvrag.engine import Engine
@@ -54,6 +55,7 @@ def model(seed: int = 0) -> Model:
 
 
 def fill(home: Home, texts: dict[str, str] = TEXTS, **options: Any) -> None:
+    options.setdefault("context", ALONE)
     with Engine(model(), home.store()) as engine:
         ingest(home, engine, [Document(text, source) for source, text in texts.items()], **options)
 
@@ -164,14 +166,15 @@ def test_an_export_of_an_import_is_the_same_but_for_its_time(plain: Path, home: 
     assert after == before
 
 
-def test_documents_behind_neighbours_arrive(home: Home, tmp_path: Path) -> None:
+@pytest.mark.parametrize("context", ["alone", "similar:1", "before/64"])
+def test_documents_behind_others_arrive(context: str, home: Home, tmp_path: Path) -> None:
     there = Home(tmp_path / "from")
-    fill(there, neighbours=1)
+    fill(there, context=Context.parse(context))
     export_collection(there, tmp_path / "near.kvrag")
     import_collection(home, tmp_path / "near.kvrag", allow_unsigned=True)
     assert content(home) == content(there)
     with Engine(model(), home.store()) as engine, home.corpus(engine) as corpus:
-        assert corpus.num_neighbours == 1
+        assert str(corpus.context) == context
         assert corpus.reconcile().was_equal
 
 
@@ -559,8 +562,8 @@ def changed_head(parts: Parts, **changes: Any) -> Parts:
         ({"settings__forms": {"m": {"prefix": 7}}}, "its head lacks or misspells"),
         ({"settings__forms": {"m": {"nonsense": ""}}}, "its head lacks or misspells"),
         ({"settings__forms": []}, "its head lacks or misspells"),
-        ({"collection__neighbours": 99}, "its head lacks or misspells"),
-        ({"collection__neighbours": True}, "its head lacks or misspells"),
+        ({"collection__context": "after"}, "its head lacks or misspells"),
+        ({"collection__context": 7}, "its head lacks or misspells"),
         ({"collection__embedding": "x"}, "its head lacks or misspells"),
     ],
 )
@@ -728,8 +731,8 @@ def test_a_collection_with_an_embedding_of_its_own(home: Home, tmp_path: Path) -
 
 
 def test_a_collection_behind_neighbours_does_not_fit(plain: Path, home: Home) -> None:
-    fill(home, {"d.txt": "The mill at Osk grinds rye."}, neighbours=1)
-    with pytest.raises(InputError, match="are encoded behind 1 others, the file's behind 0"):
+    fill(home, {"d.txt": "The mill at Osk grinds rye."}, context=Context.parse("similar:1"))
+    with pytest.raises(InputError, match="by the rule similar:1, the file's by alone"):
         import_collection(home, plain, allow_unsigned=True)
 
 

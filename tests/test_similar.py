@@ -14,14 +14,13 @@ from typing import Any
 import chromadb
 import pytest
 
-from kvrag.config import Sampling
-from kvrag.corpus import KEY_FIELD, Corpus
+from kvrag.config import ALONE, MAX_SIMILAR, Context, Sampling
+from kvrag.corpus import Corpus
 from kvrag.embedding import HashedEmbedding
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, DocumentTooLong
-from kvrag.focus.policy import Policy
 from kvrag.index import Index
-from kvrag.neighbours import MAX_NEIGHBOURS, NEAR_FIELDS, RESERVED, near_of
+from kvrag.items import KEY_FIELD, NEAR_FIELDS, RESERVED, near_of
 from kvrag.prompt import RagPrompt
 from kvrag.rag import ask
 from kvrag.segments import KV, LayerKV
@@ -40,6 +39,12 @@ TEXTS = {
     "bread": "Bread of rye and wheat is sold at the old mill.",
 }
 SHORT = Sampling(max_new_tokens=4, ignore_eos=True)
+
+
+def similar(count: int) -> Context:
+    return Context("similar", count) if count else ALONE
+
+
 FORM = RagPrompt("Answer from the documents.\n\n", "\n\nQuestion: ", "\nAnswer:", is_rendered=False)
 
 
@@ -63,8 +68,8 @@ class FakeEncoder:
 class FakeContextEncoder(FakeEncoder):
     """Rows that depend on what the tokens stand behind, too."""
 
-    def context(self, neighbours: Sequence[str]) -> tuple[int, ...]:
-        return tuple("|".join(reversed(neighbours)).encode())
+    def context(self, texts: Sequence[str]) -> tuple[int, ...]:
+        return tuple("".join(f"{text}|" for text in texts).encode())
 
     def fingerprint_behind(self, context: tuple[int, ...]) -> Fingerprint:
         return example_fingerprint(prefix=bytes(context).hex())
@@ -102,7 +107,7 @@ def open_corpus(tmp_path: Path) -> Iterator[Callable[..., Corpus]]:
 @pytest.fixture
 def corpus(open_corpus: Callable[..., Corpus]) -> Corpus:
     """All texts, each behind two others."""
-    corpus = open_corpus(neighbours=2, batch_size=4)
+    corpus = open_corpus(context=similar(2), batch_size=4)
     corpus.add(list(TEXTS.values()), list(TEXTS))
     return corpus
 
@@ -117,8 +122,8 @@ def assert_lockstep(corpus: Corpus) -> None:
     index, store = corpus._index, corpus._store
     records = {record.id: record for record in index.records()}
     near = {i: [records[n].text for n in near_of(r)] for i, r in records.items()}
-    fitting = dict.fromkeys(records, ()) | dict(corpus.neighbours(list(records)))
-    assert all(fitting[i] == tuple(near[i][: len(fitting[i])]) for i in records)
+    fitting = dict.fromkeys(records, ()) | dict(corpus.contexts(list(records)))
+    assert all(fitting[i][::-1] == tuple(near[i][: len(fitting[i])]) for i in records)
     keys = {i: key_behind(corpus, r.text, fitting[i]) for i, r in records.items() if fitting[i]}
     keys |= {i: corpus.key_of(r.text) for i, r in records.items() if not fitting[i]}
     assert {i: r.metadata[KEY_FIELD] for i, r in records.items()} == {i: key.id for i, key in keys.items()}
@@ -132,6 +137,13 @@ def assert_lockstep(corpus: Corpus) -> None:
     assert store.check().ok
 
 
+def assert_close(got: KV, wanted: KV) -> None:
+    assert got.tokens == wanted.tokens
+    for a, b in zip(got.layers, wanted.layers, strict=True):
+        assert (a.keys - b.keys).abs().max() < 1e-5
+        assert (a.values - b.values).abs().max() < 1e-5
+
+
 def contexts_with(corpus: Corpus, gone: str, texts: Sequence[str]) -> list[EntryKey]:
     """Names of all entries that could have been encoded behind a text, with at most two neighbours."""
     nears = [near for n in (1, 2) for near in itertools.permutations(texts, n) if gone in near]
@@ -142,11 +154,11 @@ def contexts_with(corpus: Corpus, gone: str, texts: Sequence[str]) -> list[Entry
 
 
 def test_neighbours_are_the_most_similar_others(corpus: Corpus) -> None:
-    near = corpus.neighbours(list(TEXTS))
+    near = corpus.contexts(list(TEXTS))
     assert set(near["ferry"]) == {TEXTS["boat"], TEXTS["ship"]}
     assert set(near["flour"]) == {TEXTS["mill"], TEXTS["bread"]}
     assert all(TEXTS[i] not in texts for i, texts in near.items())
-    assert corpus.neighbours(["nobody"]) == {}
+    assert corpus.contexts(["nobody"]) == {}
     assert_lockstep(corpus)
 
 
@@ -160,48 +172,48 @@ def test_the_fields_are_ours_alone(corpus: Corpus) -> None:
 
 
 def test_chunks_of_one_text_are_no_neighbours(open_corpus: Callable[..., Corpus]) -> None:
-    corpus = open_corpus(neighbours=2)
+    corpus = open_corpus(context=similar(2))
     corpus.add(["the same", "the same", "the same or not", "the same or not", "else"], list("abcde"))
-    near = corpus.neighbours(list("abcde"))
-    assert near["a"] == near["b"] == ("the same or not", "else")
-    assert near["c"] == ("the same", "else")
+    near = corpus.contexts(list("abcde"))
+    assert near["a"] == near["b"] == ("else", "the same or not")
+    assert near["c"] == ("else", "the same")
     assert corpus.stats().store.entries == 3
     corpus.delete(["a"])
-    assert corpus.neighbours(["c"])["c"] == ("the same", "else")
+    assert corpus.contexts(["c"])["c"] == ("else", "the same")
     assert_lockstep(corpus)
 
 
 def test_neighbours_that_do_not_fit_are_left_out(open_corpus: Callable[..., Corpus]) -> None:
     encoder = FakeContextEncoder()
     encoder.max_tokens = 90
-    corpus = open_corpus(encoder, neighbours=2)
+    corpus = open_corpus(encoder, context=similar(2))
     corpus.add(list(TEXTS.values()), list(TEXTS))
-    assert all(len(texts) == 1 for texts in corpus.neighbours(list(TEXTS)).values())
+    assert all(len(texts) == 1 for texts in corpus.contexts(list(TEXTS)).values())
     assert_lockstep(corpus)
     assert corpus.reconcile().was_equal
     encoder.max_tokens = 60
-    assert all(texts == () for texts in corpus.neighbours(list(TEXTS)).values())
+    assert all(texts == () for texts in corpus.contexts(list(TEXTS)).values())
     assert corpus.reconcile().rebuilt == len(TEXTS)
     assert_lockstep(corpus)
 
 
 def test_later_chunks_change_nothing_until_renewed(open_corpus: Callable[..., Corpus]) -> None:
     encoder = FakeContextEncoder()
-    corpus = open_corpus(encoder, neighbours=1)
+    corpus = open_corpus(encoder, context=similar(1))
     corpus.add(["the red boat"], ["a"])
-    assert corpus.neighbours(["a"]) == {"a": ()}
+    assert corpus.contexts(["a"]) == {"a": ()}
     corpus.add(["the old mill"], ["b"])
     corpus.add(["the red boats"], ["c"])
     assert encoder.encoded == [1, 1, 1]
-    assert corpus.neighbours(["a", "c"]) == {"a": (), "c": ("the red boat",)}
+    assert corpus.contexts(["a", "c"]) == {"a": (), "c": ("the red boat",)}
     assert_lockstep(corpus)
     steps: list[tuple[int, int]] = []
-    report = corpus.renew_neighbours(progress=lambda done, total: steps.append((done, total)))
-    assert corpus.neighbours(["a"]) == {"a": ("the red boats",)}
+    report = corpus.renew_contexts(progress=lambda done, total: steps.append((done, total)))
+    assert corpus.contexts(["a"]) == {"a": ("the red boats",)}
     assert (report.records, report.changed, report.encoded, report.removed) == (3, 1, 1, 1)
     assert steps == [(3, 3)]
     assert_lockstep(corpus)
-    assert corpus.renew_neighbours().changed == 0
+    assert corpus.renew_contexts().changed == 0
 
 
 # --- changing and removing -----------------------------------------------------------------------
@@ -209,18 +221,14 @@ def test_later_chunks_change_nothing_until_renewed(open_corpus: Callable[..., Co
 
 @pytest.mark.parametrize("gone", TEXTS)
 def test_nothing_tells_of_a_deleted_text(corpus: Corpus, gone: str) -> None:
-    behind = [i for i, near in corpus.neighbours(list(TEXTS)).items() if TEXTS[gone] in near]
+    behind = [i for i, near in corpus.contexts(list(TEXTS)).items() if TEXTS[gone] in near]
     suspects = [corpus.key_of(TEXTS[gone]), *contexts_with(corpus, TEXTS[gone], list(TEXTS.values()))]
     assert sum(key in corpus._store for key in suspects) == len(behind)
-    # As answers under a policy with fewer neighbours leave them.
-    for i in behind:
-        near = corpus.neighbours([i])[i]
-        key = key_behind(corpus, TEXTS[i], near[: near.index(TEXTS[gone]) + 1])
-        corpus._store.put(key, example_rows(key.tokens))
+    # As answers of somebody who knows nothing of contexts leave them.
     corpus._store.put(corpus.key_of(TEXTS[gone]), example_rows(corpus.key_of(TEXTS[gone]).tokens))
     corpus.delete([gone])
     assert not any(key in corpus._store for key in suspects)
-    assert all(len(near) == 2 for near in corpus.neighbours([i for i in TEXTS if i != gone]).values())
+    assert all(len(near) == 2 for near in corpus.contexts([i for i in TEXTS if i != gone]).values())
     assert_lockstep(corpus)
 
 
@@ -239,10 +247,10 @@ def test_metadata_alone_encodes_nothing(corpus: Corpus) -> None:
     before = sum(encoder.encoded)
     corpus.upsert([TEXTS["boat"]], ["boat"], metadatas=[{"x": 1}])
     corpus.update(["mill"], metadatas=[{"y": 1}])
-    corpus.renew_neighbours()
+    corpus.renew_contexts()
     before_again = sum(encoder.encoded)
     corpus.upsert([TEXTS["boat"]], ["boat"], metadatas=[{"x": 2}])
-    corpus.renew_neighbours()
+    corpus.renew_contexts()
     assert sum(encoder.encoded) == before_again
     assert before_again - before <= len(TEXTS)
     assert_lockstep(corpus)
@@ -253,7 +261,7 @@ def test_without_an_encoder_rows_go_and_are_built_later(
 ) -> None:
     suspects = contexts_with(corpus, TEXTS["boat"], list(TEXTS.values()))
     bare = open_corpus(FakeEncoder())
-    assert bare.neighbours(list(TEXTS)) == {}
+    assert bare.contexts(list(TEXTS)) == {}
     bare.delete(["boat"])
     assert not any(key in bare._store for key in suspects)
     with pytest.raises(ConfigError, match="encoder of an engine"):
@@ -261,7 +269,7 @@ def test_without_an_encoder_rows_go_and_are_built_later(
     with pytest.raises(ConfigError, match="encoder of an engine"):
         bare.reconcile()
     corpus = open_corpus()
-    assert all(TEXTS["boat"] not in near for near in corpus.neighbours(list(TEXTS)).values())
+    assert all(TEXTS["boat"] not in near for near in corpus.contexts(list(TEXTS)).values())
     assert corpus.reconcile().rebuilt > 0
     assert_lockstep(corpus)
 
@@ -270,33 +278,33 @@ def test_without_an_encoder_rows_go_and_are_built_later(
 
 
 def test_a_collection_knows_its_number(corpus: Corpus, open_corpus: Callable[..., Corpus]) -> None:
-    with pytest.raises(ConfigError, match=r"renew_neighbours\(1\)"):
-        open_corpus(neighbours=1)
+    with pytest.raises(ConfigError, match="renew_contexts"):
+        open_corpus(context=similar(1))
     corpus = open_corpus()
-    assert corpus._index.neighbours == 2
-    assert all(len(near) == 2 for near in corpus.neighbours(list(TEXTS)).values())
+    assert corpus._index.context == "similar:2"
+    assert all(len(near) == 2 for near in corpus.contexts(list(TEXTS)).values())
     for count in (1, 0, 3):
-        assert corpus.renew_neighbours(count).changed == len(TEXTS)
-        assert corpus._index.neighbours == count
-        found = corpus.neighbours(list(TEXTS))
+        assert corpus.renew_contexts(similar(count)).changed == len(TEXTS)
+        assert corpus.context == similar(count)
+        found = corpus.contexts(list(TEXTS))
         assert [len(found.get(i, ())) for i in TEXTS] == [count] * len(TEXTS)
         assert_lockstep(corpus)
 
 
 def test_impossible_settings(open_corpus: Callable[..., Corpus]) -> None:
-    for count in (-1, MAX_NEIGHBOURS + 1):
-        with pytest.raises(ConfigError, match="expected 0 to"):
-            open_corpus(neighbours=count)
+    for count in (-1, 0, MAX_SIMILAR + 1):
+        with pytest.raises(ConfigError, match="expected 1 to"):
+            Context("similar", count)
     with pytest.raises(ConfigError, match="encoder of an engine"):
-        open_corpus(FakeEncoder(), neighbours=1)
+        open_corpus(FakeEncoder(), context=similar(1))
     with pytest.raises(ConfigError, match="encoder of an engine"):
-        open_corpus(FakeEncoder()).renew_neighbours(1)
+        open_corpus(FakeEncoder()).renew_contexts(similar(1))
 
 
 def test_a_plain_corpus_notes_and_asks_nothing(
     open_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("nearest", "matching", "note_neighbours"):
+    for name in ("nearest", "matching", "note_context"):
         monkeypatch.setattr(Index, name, None)
     encoder = FakeContextEncoder()
     corpus = open_corpus(encoder)
@@ -305,7 +313,7 @@ def test_a_plain_corpus_notes_and_asks_nothing(
     corpus.delete(["ferry"])
     corpus.ingest(["one more"])
     assert corpus.reconcile().was_equal
-    assert corpus.neighbours(list(TEXTS)) == {}
+    assert corpus.contexts(list(TEXTS)) == {}
     assert encoder.encoded == [6, 1, 1]
     for record in corpus._index.records():
         assert set(record.metadata) & set(RESERVED) == {KEY_FIELD}
@@ -314,12 +322,12 @@ def test_a_plain_corpus_notes_and_asks_nothing(
 
 def test_a_plain_corpus_gets_neighbours(open_corpus: Callable[..., Corpus]) -> None:
     open_corpus().add(list(TEXTS.values()), list(TEXTS))
-    corpus = open_corpus(neighbours=2)
+    corpus = open_corpus(context=similar(2))
     assert corpus.reconcile().was_equal
     corpus.add(["The ferry never leaves."], ["late"])
-    assert [i for i, near in corpus.neighbours([*TEXTS, "late"]).items() if near] == ["late"]
+    assert [i for i, near in corpus.contexts([*TEXTS, "late"]).items() if near] == ["late"]
     assert_lockstep(corpus)
-    assert corpus.renew_neighbours().changed == len(TEXTS)
+    assert corpus.renew_contexts().changed == len(TEXTS)
     assert_lockstep(corpus)
 
 
@@ -327,13 +335,13 @@ def test_a_foreign_distance_stays(tmp_path: Path) -> None:
     client: Any = chromadb.PersistentClient(str(tmp_path))
     client.create_collection("mine", metadata={"hnsw:space": "l2", "by": "me"}, embedding_function=None)
     client.close()
-    for count in (3, 0):
+    for context in (similar(3), ALONE):
         index = Index.open(tmp_path, "mine", embedding=HashedEmbedding())
-        index.note_neighbours(count)
+        index.note_context(str(context))
         index.close()
     client = chromadb.PersistentClient(str(tmp_path))
     found = client.get_collection("mine", embedding_function=None)
-    assert found.metadata == {"by": "me", "kvrag_neighbours": 0}
+    assert found.metadata == {"by": "me", "kvrag_context": "alone"}
     assert found.configuration_json["hnsw"]["space"] == "l2"
     client.close()
 
@@ -371,14 +379,14 @@ STEPS: list[tuple[type, str]] = [
     (Index, "upsert"),
     (Index, "delete"),
     (Index, "update_metadata"),
-    (Index, "note_neighbours"),
+    (Index, "note_context"),
 ]
 CHANGES: dict[str, Callable[[Corpus], object]] = {
     "add": lambda c: c.add(["three four", "four five", "one two"], ["c", "d", "e"]),
     "upsert": lambda c: c.upsert(["uno dos", "three four", "two three"], ["a", "c", "b"]),
     "delete": lambda c: c.delete(["a"]),
-    "renew": lambda c: c.renew_neighbours(),
-    "other number": lambda c: c.renew_neighbours(1),
+    "renew": lambda c: c.renew_contexts(),
+    "other number": lambda c: c.renew_contexts(similar(1)),
     "reconcile": lambda c: c.reconcile(),
 }
 
@@ -393,7 +401,7 @@ def test_a_crash_at_any_step_is_mended(
     for owner, name in STEPS:
         for nth in (1, 2):
             corpus.delete([record.id for record in corpus.documents()])
-            corpus.renew_neighbours(2)
+            corpus.renew_contexts(similar(2))
             corpus.add(["one two", "two three", "two three four"], ["a", "b", "z"])
             if change == "reconcile":
                 corpus._index.delete(["a"])
@@ -412,7 +420,7 @@ def test_a_crash_at_any_step_is_mended(
 
 
 def test_an_interrupted_ingestion_can_be_repeated(open_corpus: Callable[..., Corpus]) -> None:
-    corpus = open_corpus(neighbours=2, batch_size=2)
+    corpus = open_corpus(context=similar(2), batch_size=2)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -468,7 +476,7 @@ def real(engine: Engine, tmp_path: Path) -> Iterator[Corpus]:
     """The texts in a corpus of a real, tiny model."""
     assert engine.store is not None
     index = Index.open(tmp_path / "chroma")
-    corpus = Corpus(index, engine.store, engine.encoder(FORM), neighbours=2)
+    corpus = Corpus(index, engine.store, engine.encoder(FORM), context=similar(2))
     corpus.add(list(TEXTS.values()), list(TEXTS))
     yield corpus
     corpus.delete([record.id for record in corpus.documents()])
@@ -477,15 +485,10 @@ def real(engine: Engine, tmp_path: Path) -> Iterator[Corpus]:
 
 
 def test_answers_come_from_the_store(engine: Engine, real: Corpus) -> None:
-    policy = Policy(neighbours=2)
     entries = real.stats().store.entries
-    found, plain = (
-        ask(engine, real, "When does the ferry leave?", form=FORM, sampling=SHORT, policy=p).reply()
-        for p in (policy, None)
-    )
+    found = ask(engine, real, "When does the ferry leave?", form=FORM, sampling=SHORT).reply()
     assert [source.is_hit for source in found.sources] == [True] * 4
-    assert all(source.is_hit for source in plain.sources)  # without a number of its own it takes the corpus's
-    with Engine(engine.model, policy=policy) as bare:
+    with Engine(engine.model) as bare:
         expected = ask(bare, real, "When does the ferry leave?", form=FORM, sampling=SHORT).reply()
     assert not any(source.is_hit for source in expected.sources)
     assert found.answer.tokens == expected.answer.tokens
@@ -495,30 +498,30 @@ def test_answers_come_from_the_store(engine: Engine, real: Corpus) -> None:
 
 
 def test_the_encoder_gives_the_rows_of_answers(engine: Engine, real: Corpus) -> None:
-    """Bit by bit what a miss of a question would have encoded."""
+    """What a miss of a question would have encoded."""
     caches = engine._caches
     prefix = engine.model.text.tokenize(FORM.prefix, first=True)
     encoder = engine.encoder(FORM)
     kept = set(caches._prefixes)
-    for i, near in real.neighbours(list(TEXTS)).items():
+    for i, near in real.contexts(list(TEXTS)).items():
         tokens, context = encoder.tokenize(TEXTS[i]), encoder.context(near)
-        (rows,) = engine.call(partial(caches.encode, prefix + context, [tokens], keep=False))
-        assert_same_rows(real._store.get(key_behind(real, TEXTS[i], near)), rows)
+        (rows,) = engine.call(partial(caches.encode, prefix, [tokens], [context]))
+        assert_close(real._store.get(key_behind(real, TEXTS[i], near)), rows)
     assert set(caches._prefixes) == kept
     with pytest.raises(DocumentTooLong, match="behind"):
         encoder.encode_behind([(5,)], [(5,) * encoder.max_tokens])
 
 
 def test_an_answer_leaves_nothing_behind(engine: Engine, real: Corpus) -> None:
-    """Whatever policies asked before, a deletion takes all that they kept of a text."""
-    for num in range(4):
-        ask(
-            engine, real, "the old mill", k=6, form=FORM, sampling=SHORT, policy=Policy(neighbours=num)
-        ).reply()
+    """Whoever asked before, a deletion takes all that was kept of a text for the answers."""
+    found = ask(engine, real, "the old mill", k=6, form=FORM, sampling=SHORT).reply()
+    texts = [source.text for source in found.sources]
+    bare = engine.answer(found.answer.plan.text, texts, prefix=FORM.prefix, sampling=SHORT)
+    assert not any(document.is_hit for document in bare.documents)
     real.delete(["mill"])
     suspects = contexts_with(real, TEXTS["mill"], list(TEXTS.values()))
     assert not any(key in real._store for key in [real.key_of(TEXTS["mill"]), *suspects])
-    again = ask(engine, real, "old mill", k=5, form=FORM, sampling=SHORT, policy=Policy(neighbours=2)).reply()
+    again = ask(engine, real, "old mill", k=5, form=FORM, sampling=SHORT).reply()
     assert all(source.is_hit for source in again.sources)
     real.reconcile()
     assert_lockstep(real)
