@@ -148,6 +148,7 @@ class Corpus:
         metadatas: Sequence[Metadata | None] | None = None,
         documents: Sequence[str | None] | None = None,
         instead_of: Sequence[str] = (),
+        refill: bool = True,
         progress: Progress | None = None,
     ) -> IngestReport:
         """Add those documents that are not there yet, so that an interrupted run can be repeated.
@@ -161,6 +162,7 @@ class Corpus:
             metadatas: see `add`.
             documents: see `add`.
             instead_of: ids of what these texts replace; those that are not among them are removed.
+            refill: build entries again that were evicted; not for a store that is full: others would go.
             progress: called after every batch.
 
         Raises:
@@ -189,7 +191,7 @@ class Corpus:
                 if record.id in places.of and places.of[record.id] != (document_of(record), part_of(record))
             }
             self._lockstep.write(_at(items, places), self._index.add, progress, moved=moved, gone=gone)
-            completed = self._lockstep.complete(kept, progress)
+            completed = self._lockstep.complete(kept, progress, refill=refill)
             return IngestReport(tuple(ids), len(items), len(ids) - len(items), completed)
 
     def upsert(

@@ -28,7 +28,6 @@ from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
 
 CHUNK_TOKENS = 512
-_FULL = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +253,7 @@ def ingest(
             metadatas=[metadata for _, metadata in chunks],
             documents=[re.sub(r"#page=\d+$", "", metadata["source"]) for _, metadata in chunks],
             instead_of=sorted(before),
+            refill=not _is_full(home, engine),
             progress=progress,
         )
         # Then the chunks of other files may lack theirs, too.
@@ -275,9 +275,11 @@ def _fitting(index: Index, context: Context | None) -> Context | None:
 
 
 def _is_full(home: Home, engine: Engine) -> bool:
-    """Whether the budget is used up: evicted caches would only evict others, were they built anew."""
-    budget, store = home.settings().budget_bytes, engine.store or home.store()
-    return budget is not None and store.stats().num_bytes > _FULL * budget
+    """Whether no cache of usual size fits: evicted ones would only evict others, were they built anew."""
+    budget, stats = home.settings().budget_bytes, (engine.store or home.store()).stats()
+    if budget is None or not stats.entries:
+        return False
+    return stats.num_bytes + stats.num_bytes / stats.entries > budget
 
 
 def file_of(source: str) -> str:

@@ -150,7 +150,7 @@ class Lockstep:
         self._references.collect([*freed, *told], erase)
         return [receipt for receipt in receipts if receipt.erased]
 
-    def complete(self, ids: Sequence[str], progress: Progress | None = None) -> int:
+    def complete(self, ids: Sequence[str], progress: Progress | None = None, *, refill: bool = True) -> int:
         """Build entries that records of the collection lack, or that they call otherwise; how many did.
 
         Those are records of an interrupted call, or of another model.
@@ -158,7 +158,9 @@ class Lockstep:
         lacking: list[str] = []
         for records in self._contexts.batches(self._index.get(list(dict.fromkeys(ids))), self.batch_size):
             items = self._contexts.items(records, [])
-            lacking += [item.id for item in items if item.relabelling or item.key not in self._store]
+            lacking += [
+                item.id for item in items if item.relabelling or (refill and item.key not in self._store)
+            ]
         self._build(lacking, progress, anew=False)
         return len(lacking)
 

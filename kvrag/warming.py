@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from kvrag.contexts import Contexts
@@ -40,11 +41,15 @@ def warm(
     )
     tokens = built = 0
     total, is_full = sum(length for _, length, _ in missing), False
-    for start in range(0, len(missing), lockstep.batch_size):
+    start = 0
+    while start < len(missing):
         rows = missing[start : start + lockstep.batch_size]
-        if room is not None and not _fits(room(), rows, store.stats().num_bytes - before, tokens):
+        if room is not None:
+            rows = rows[: _fitting(room(), rows, store.stats().num_bytes - before, tokens)]
+        if not rows:
             is_full = True
             break
+        start += len(rows)
         items = contexts.items(index.get([record for _, _, record in rows]), [])
         built += lockstep.build(items, label=not only_missing)
         tokens += sum(length for _, length, _ in rows)
@@ -87,8 +92,11 @@ def _missing(
     return missing, num_records
 
 
-def _fits(room: int | None, rows: Sequence[_Row], num_bytes: int, num_tokens: int) -> bool:
-    """Whether a batch fits into the room, by what a token took so far; the first one is always tried."""
-    if room is None or not num_tokens:
-        return room is None or room > 0
-    return sum(length for _, length, _ in rows) * num_bytes / num_tokens <= room
+def _fitting(room: int | None, rows: Sequence[_Row], num_bytes: int, num_tokens: int) -> int:
+    """How many of the rows fit into the room, by what a token took so far; the very first is tried alone."""
+    if room is None:
+        return len(rows)
+    if not num_tokens:
+        return int(room > 0)
+    needed = accumulate(length * num_bytes / num_tokens for _, length, _ in rows)
+    return sum(total <= room for total in needed)

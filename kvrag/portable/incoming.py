@@ -150,7 +150,7 @@ def _commit(home: Home, staged: Staged, archive: Archive, *, replace: bool) -> t
             freed = references.add(
                 index.id, {r.id: e for r, _, e in batch if e and (e in staged.entries or e in store)}
             )
-            wanted = {e for _, _, e in batch if e in staged.entries}
+            wanted = {e for _, _, e in batch if e in staged.entries and e not in store}
             entries += sum(store.adopt(staged.store, key_id) for key_id in sorted(wanted))
             index.add_with_vectors([r for r, _, _ in batch], [v for _, v, _ in batch])
             references.collect(freed, store.delete)
