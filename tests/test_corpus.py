@@ -311,7 +311,7 @@ def test_a_store_that_cannot_be_written(
     corpus.add(["before"], ["before"])
     corpus._lockstep.batch_size = 2
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("kvrag.store.disk.write_partial", full)
+        patch.setattr("kvrag.store.folder.write_partial", full)
         corpus.add([f"text {n}" for n in range(5)], list("abcde"))
         corpus.upsert(["more", "before"], ["f", "before"])
     assert encoder.encoded == [1, 2, 1]  # not the rest of the call in vain

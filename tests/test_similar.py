@@ -440,7 +440,7 @@ def test_a_store_that_cannot_be_written(
 
     suspects = contexts_with(corpus, TEXTS["boat"], list(TEXTS.values()))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("kvrag.store.disk.write_partial", full)
+        patch.setattr("kvrag.store.folder.write_partial", full)
         corpus.upsert(["Rye is a grain", "more"], ["boat", "new"])
     assert len([record for record in caplog.records if record.name == "kvrag.lockstep"]) == 1
     assert corpus.stats().uncached > 2

@@ -205,7 +205,7 @@ class DiskStore:
         try:
             raw = self._folder.files(key_id)[0].read_bytes()
             return _NO_EXPIRY in raw or not self._loader.is_over(layout.parse_manifest(raw))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter: the store's path is a file
             return False
         except (OSError, Damaged):
             return True  # there is an entry; `get` says what it is worth
