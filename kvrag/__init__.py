@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from kvrag.store.base import KVStore as KVStore
     from kvrag.store.disk import DiskStore as DiskStore
     from kvrag.store.memory import MemoryStore as MemoryStore
+    from kvrag.store.tenants import Tenant as Tenant
 
     __version__ = version("kvrag")
 
@@ -86,6 +87,7 @@ __all__ = [
     "Sampling",
     "StoreError",
     "StoreWriteError",
+    "Tenant",
     "Timing",
     "UnsupportedModel",
     "Usage",
@@ -110,6 +112,7 @@ _ROOMS = {
     "store.base": "KVStore",
     "store.disk": "DiskStore",
     "store.memory": "MemoryStore",
+    "store.tenants": "Tenant",
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

@@ -15,6 +15,7 @@ from kvrag.store.base import KVStore
 from kvrag.store.codec import codec_named
 from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.several import get_many
+from kvrag.store.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,13 @@ class Caches:
     """
 
     def __init__(
-        self, model: Model, store: KVStore | None, *, codec: str = "raw", token_budget: int = 2048
+        self,
+        model: Model,
+        store: KVStore | None,
+        *,
+        codec: str = "raw",
+        tenant: Tenant | None = None,
+        token_budget: int = 2048,
     ) -> None:
         """Serve one model from one store; None keeps nothing.
 
@@ -45,6 +52,7 @@ class Caches:
             model: the decoder.
             store: where rows are kept.
             codec: how they are written, by name.
+            tenant: whose entries these are; None: nobody's in particular.
             token_budget: most tokens per forward pass while encoding, padding included.
 
         Raises:
@@ -53,6 +61,7 @@ class Caches:
         self.model = model
         self.store = store
         self.codec = codec_named(codec)
+        self.tenant = tenant
         self.token_budget = token_budget
         self._prefixes: dict[Tokens, KV] = {}
         self._fingerprints: dict[Tokens, Fingerprint] = {}
@@ -67,7 +76,7 @@ class Caches:
 
     def fingerprint_behind(self, prefix: Tokens) -> Fingerprint:
         """The same, not remembered: may be called from any thread."""
-        return self.model.fingerprint(prefix, codec=self.codec.name)
+        return self.model.fingerprint(prefix, codec=self.codec.name, tenant=self.tenant)
 
     def prefix(self, tokens: Tokens) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from kvrag.errors import ConfigError
+from kvrag.keys import read_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +129,31 @@ def home(environment: Mapping[str, str] | None = None) -> Path:
     """The folder for collections and caches: KVRAG_HOME, or .kvrag in the working folder."""
     found = (os.environ if environment is None else environment).get("KVRAG_HOME")
     return Path(found).expanduser() if found else Path(".kvrag")
+
+
+def store_key(environment: Mapping[str, str] | None = None) -> bytes | None:
+    """The master key of encrypted stores: KVRAG_STORE_KEY, digits or the name of a file; None: no encryption.
+
+    Raises:
+        ConfigError: it is no key.
+    """
+    return _key("KVRAG_STORE_KEY", environment)
+
+
+def tenant_key(environment: Mapping[str, str] | None = None) -> bytes | None:
+    """The secret of the tenant one works for: KVRAG_TENANT_KEY, digits or the name of a file.
+
+    Raises:
+        ConfigError: it is no key.
+    """
+    return _key("KVRAG_TENANT_KEY", environment)
+
+
+def _key(name: str, environment: Mapping[str, str] | None) -> bytes | None:
+    found = (os.environ if environment is None else environment).get(name)
+    if not found:
+        return None
+    try:
+        return read_key(found)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

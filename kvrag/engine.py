@@ -10,7 +10,7 @@ import torch
 
 from kvrag.answer import Answer
 from kvrag.caches import Caches
-from kvrag.config import Sampling
+from kvrag.config import Sampling, store_key
 from kvrag.errors import (
     DocumentTooLong,
     EmptyDocument,
@@ -26,6 +26,7 @@ from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import Fingerprint
+from kvrag.store.tenants import Tenant
 from kvrag.text import Message, joined_tokens
 from kvrag.worker import Stream, Worker
 
@@ -88,15 +89,17 @@ class Engine:
         *,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        tenant: Tenant | None = None,
         token_budget: int = 2048,
     ) -> None:
         """Serve a loaded model.
 
         Args:
             model: the decoder.
-            store: a store, a folder for one, or None to keep nothing.
+            store: a store, a folder for one (encrypted if KVRAG_STORE_KEY is set), or None for none.
             policy: what answers do with their documents, or its name; an answer may have one of its own.
             codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md).
+            tenant: whose texts these are: nobody else can find their entries; None: a name space for all.
             token_budget: most tokens per forward pass while encoding documents, padding included.
 
         Raises:
@@ -104,9 +107,10 @@ class Engine:
         """
         self.model = model
         self.policy = preset(policy) if isinstance(policy, str) else policy
-        self.store = DiskStore(store) if isinstance(store, (str, Path)) else store
-        self._caches = Caches(model, self.store, codec=codec, token_budget=token_budget)
+        self.store = DiskStore(store, key=store_key()) if isinstance(store, (str, Path)) else store
+        self._caches = Caches(model, self.store, codec=codec, tenant=tenant, token_budget=token_budget)
         self.codec = codec
+        self.tenant = tenant
         self._worker = Worker(f"kvrag {model.name}")
 
     @classmethod
@@ -120,6 +124,7 @@ class Engine:
         max_length: int | None = None,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        tenant: Tenant | None = None,
         token_budget: int = 2048,
         **options: Any,
     ) -> Engine:
@@ -130,7 +135,7 @@ class Engine:
             UnsupportedModel: unknown architecture, or one that cannot be re-positioned exactly.
         """
         loaded = Model.load(model, device=device, dtype=dtype, max_length=max_length, **options)
-        return cls(loaded, store, policy=policy, codec=codec, token_budget=token_budget)
+        return cls(loaded, store, policy=policy, codec=codec, tenant=tenant, token_budget=token_budget)
 
     def answer(
         self,

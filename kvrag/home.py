@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvrag.config import ALONE, BEFORE, Context
+from kvrag.config import ALONE, BEFORE, Context, store_key
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import Engine
@@ -26,6 +26,7 @@ from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
 from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
+from kvrag.store.tenants import Tenant
 
 CHUNK_TOKENS = 512
 
@@ -71,7 +72,14 @@ class _NoEncoder:
 class Home:
     """Opens what lies in a folder: `chroma/`, `store/`, `settings.json`."""
 
-    def __init__(self, path: str | Path, *, chroma: str | None = None, collection: str = "kvrag") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        chroma: str | None = None,
+        collection: str = "kvrag",
+        tenant: Tenant | None = None,
+    ) -> None:
         """Name the folder; nothing is created yet.
 
         Args:
@@ -79,10 +87,12 @@ class Home:
             chroma: address of a Chroma server (http...); default: the one of the first ingestion, else
                 the embedded database.
             collection: name of the collection.
+            tenant: whose it is; a tenant's collection of this name is not another's.
         """
         self.path = Path(path)
+        self.tenant = tenant
         self._chroma = chroma
-        self._collection = collection
+        self._collection = f"{collection}-{tenant.digest}" if tenant else collection
         self._chosen: dict[str, Any] = {}
 
     def exists(self) -> bool:
@@ -155,10 +165,17 @@ class Home:
             raise write_error(error, file) from error
 
     def store(self) -> DiskStore:
-        """The caches, within the budget that the folder was given."""
+        """The caches, within the folder's budget, and encrypted if there is a KVRAG_STORE_KEY.
+
+        Raises:
+            ConfigError: they are encrypted with another key, or the key is none.
+        """
         settings = replace(self.settings() if self.exists() else Settings("", {}), **self._chosen)
         return DiskStore(
-            self.path / "store", budget_bytes=settings.budget_bytes, ttl_seconds=settings.ttl_seconds
+            self.path / "store",
+            budget_bytes=settings.budget_bytes,
+            ttl_seconds=settings.ttl_seconds,
+            key=store_key(),
         )
 
     def index(self, *, embedding: Embedding | None = None) -> Index:
@@ -179,13 +196,18 @@ class Home:
         """Collection and caches together; without an engine only for listing, removing and counting.
 
         Args:
-            engine: reads the documents.
+            engine: reads the documents, for the tenant whose folder this is opened for.
             context: what documents are encoded behind, if the collection has no choice of its own yet; None:
                 as it is, and behind the parts before them in a new collection.
+
+        Raises:
+            ConfigError: the engine works for another tenant.
         """
         index = self.index()
         if engine is None:
             return Corpus(index, self.store(), _NoEncoder())
+        if engine.tenant != self.tenant:
+            raise ConfigError("the engine's tenant is not the folder's: give both the same, or none")
         store = engine.store or self.store()
         return Corpus(index, store, engine.encoder(self.form(engine)), context=_fitting(index, context))
 

@@ -19,6 +19,7 @@ from kvrag import backbone
 from kvrag.errors import ConfigError, UnsupportedModel
 from kvrag.probe import probe
 from kvrag.store.key import Fingerprint, tagged_digest, token_bytes
+from kvrag.store.tenants import Tenant
 from kvrag.text import Text
 
 READER = "kvrag/reader"
@@ -148,16 +149,22 @@ class Model:
             self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep
         )
 
-    def fingerprint(self, prefix: Sequence[int] = (), *, codec: str = "raw") -> Fingerprint:
-        """What entries encoded behind `prefix` (tokens) and written by `codec` depend on."""
+    def fingerprint(
+        self, prefix: Sequence[int] = (), *, codec: str = "raw", tenant: Tenant | None = None
+    ) -> Fingerprint:
+        """What entries encoded behind `prefix` (tokens) and written by `codec` for `tenant` depend on."""
+        key = tenant.key if tenant else b""
         return Fingerprint(
             model=self._weights_digest,
             tokenizer=self.text.digest,
             rope=self._rope_digest,
             dtype=str(self.dtype).removeprefix("torch."),
-            prefix=tagged_digest({"prefix": token_bytes(tuple(prefix))}),
+            # Keyed, too: who knows a prompt or a neighbour shall not recognise it in a manifest.
+            prefix=tagged_digest({"prefix": token_bytes(tuple(prefix))}, key),
             codec=codec,
+            tenant=tenant.label if tenant else "",
             rotations=tuple(spec.rotation for spec in self.specs),
+            tenant_key=key,
         )
 
     @cached_property

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvrag.errors import InputError
+from kvrag.config import tenant_key
+from kvrag.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from kvrag.store.tenants import Tenant
 
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Folder of collection and caches [KVRAG_HOME, else ./.kvrag].")
@@ -25,6 +29,12 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, ... [the GPU if there is one].")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+TenantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tenant", help="Whose documents these are; the secret is in KVRAG_TENANT_KEY.", metavar="NAME"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 
 
@@ -65,6 +75,28 @@ RateOption = Annotated[
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def tenant_named(name: str | None) -> Tenant | None:
+    """The tenant of this name, with the secret of the environment; None for no name.
+
+    Raises:
+        ConfigError: a name without a secret, or a secret without a name: it was meant to be used.
+    """
+    secret = tenant_key()
+    if name is None and secret is None:
+        return None
+    if name is None or secret is None:
+        given, missing = "--tenant", "KVRAG_TENANT_KEY"
+        if name is None:
+            given, missing = missing, given
+        raise ConfigError(
+            f"{given} is given and {missing} is not; a tenant is a name, and a secret of 64 hexadecimal "
+            "digits or a file that holds them"
+        )
+    from kvrag.store.tenants import Tenant  # noqa: PLC0415 - help texts must not wait for torch
+
+    return Tenant(name, secret)
 
 
 def parse_size(text: str, name: str) -> int:

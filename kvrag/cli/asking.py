@@ -17,6 +17,7 @@ from kvrag.options import (
     HomeOption,
     JsonOption,
     ModelOption,
+    TenantOption,
     check_layers,
     parse_keep,
     parse_layers,
@@ -34,6 +35,7 @@ def ask(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
@@ -82,7 +84,7 @@ def ask(
         max_risk=max_risk,
         spans=spans,
     )
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     place.settings()
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     out = stdout()

@@ -20,6 +20,7 @@ from kvrag.options import (
     ModelOption,
     NamesArgument,
     ReceiptOption,
+    TenantOption,
 )
 from kvrag.terminal import print_json, print_rows, progress_bar, size, stderr, stdout
 
@@ -30,13 +31,14 @@ def list_documents(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the chunks of the collection.
 
     Example: kvrag ls --json
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     place.settings()
     with place.corpus() as corpus:
         records = sorted(corpus.documents(), key=lambda r: (str(r.metadata.get("source", "")), r.id))
@@ -54,6 +56,7 @@ def rm(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove chunks by id, or all chunks of a source or file; their caches' bytes go with them.
@@ -62,7 +65,7 @@ def rm(
 
     Example: kvrag rm notes/old.md --receipt erased.json
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     place.settings()
     if receipt is not None and receipt.exists():
         raise InputError(f"{receipt} exists; receipts are never overwritten: choose another name")
@@ -117,13 +120,14 @@ def stats(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count chunks, entries and bytes.
 
     Example: kvrag stats
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     settings = place.settings()
     with place.corpus() as corpus:
         counts = corpus.stats()
@@ -158,6 +162,7 @@ def reconcile(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -166,7 +171,7 @@ def reconcile(
 
     Example: kvrag reconcile
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     place.settings()
     with (
         load_engine(place, model, device, dtype) as engine,

@@ -16,6 +16,7 @@ from kvrag.options import (
     DtypeOption,
     HomeOption,
     JsonOption,
+    TenantOption,
 )
 from kvrag.terminal import bytes_bar, print_json, progress_bar, size, stderr, stdout
 
@@ -29,6 +30,7 @@ def export(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the collection into one file: documents, vectors, settings, and caches as they lie.
@@ -40,7 +42,7 @@ def export(
     """
     from kvrag.portable import export_collection, private_key  # noqa: PLC0415 - help must not wait for torch
 
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     key = None if sign is None else private_key(sign)
     with progress_bar("exporting") as progress:
         report = export_collection(place, file, key=key, replace=force, progress=progress)
@@ -76,6 +78,7 @@ def import_file(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -93,7 +96,7 @@ def import_file(
     if usable_only and model is None:
         raise InputError("--usable-only needs to know for which model; add --model")
     keys = [public_key(text) for text in trust or []]
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     usable_by = None
     if model is not None:
         with load_engine(place, model, device, dtype) as engine:

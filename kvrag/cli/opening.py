@@ -7,15 +7,15 @@ from typing import Any
 
 from kvrag.config import home
 from kvrag.errors import InputError
-from kvrag.options import parse_budget, parse_seconds
+from kvrag.options import parse_budget, parse_seconds, tenant_named
 from kvrag.terminal import stderr
 
 
-def open_home(folder: Path | None, chroma: str | None, collection: str) -> Any:
+def open_home(folder: Path | None, chroma: str | None, collection: str, tenant: str | None = None) -> Any:
     """The `Home` of a command's options."""
     from kvrag.home import Home  # noqa: PLC0415 - help texts must not wait for torch and chromadb
 
-    return Home(folder or home(), chroma=chroma, collection=collection)
+    return Home(folder or home(), chroma=chroma, collection=collection, tenant=tenant_named(tenant))
 
 
 def load_engine(
@@ -29,7 +29,12 @@ def load_engine(
     name = model or place.model()
     with stderr().status(f"loading {name}"):
         return Engine.from_pretrained(
-            name, store=place.store(), device=device, dtype=dtype, codec=codec or place.codec()
+            name,
+            store=place.store(),
+            device=device,
+            dtype=dtype,
+            codec=codec or place.codec(),
+            tenant=place.tenant,
         )
 
 

@@ -25,6 +25,7 @@ from kvrag.options import (
     ModelOption,
     PathsArgument,
     PinOption,
+    TenantOption,
     TtlOption,
     parse_seconds,
 )
@@ -37,6 +38,7 @@ def ingest(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     chunk_tokens: ChunkTokensOption = 512,
@@ -61,7 +63,7 @@ def ingest(
     from kvrag import home as homes  # noqa: PLC0415
 
     chosen = None if context is None else Context.parse(context)
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     remember(place, ttl=ttl, budget=budget)
     texts = list(files.load(paths))
     with load_engine(place, model, device, dtype, codec=codec) as engine:
@@ -107,6 +109,7 @@ def warm(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     only_missing: Annotated[
@@ -131,7 +134,7 @@ def warm(
 
     Example: kvrag warm --chroma http://localhost:8000 --collection notes --only-missing
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     if not place.has_collection():
         raise InputError(
             f"there is no collection {collection!r} here; run kvrag ingest PATH, or name another with "

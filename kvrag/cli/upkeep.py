@@ -18,6 +18,7 @@ from kvrag.options import (
     JsonOption,
     NamesArgument,
     RateOption,
+    TenantOption,
     parse_budget,
     parse_size,
 )
@@ -34,6 +35,7 @@ def verify(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read every byte of every cache, and compare the index with the files, references with documents.
@@ -45,7 +47,7 @@ def verify(
     """
     from kvrag.scrub import verify as scrub  # noqa: PLC0415 - help texts must not wait for torch
 
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     limit = None if rate is None else parse_size(rate, "rate")
     with bytes_bar("verifying") as progress:
         report = scrub(place, fix=fix, bytes_per_second=limit, progress=progress)
@@ -92,6 +94,7 @@ def gc(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what nobody needs.
@@ -103,7 +106,7 @@ def gc(
     """
     from kvrag.scrub import DAY, collect  # noqa: PLC0415
 
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     result = collect(place, quarantine_seconds=quarantine_days * DAY, dry_run=dry_run)
     if as_json:
         print_json({**asdict(result), "num_bytes": result.num_bytes})
@@ -123,6 +126,7 @@ def pin(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Never evict the caches of these chunks, sources or files, however full the store is.
@@ -131,7 +135,7 @@ def pin(
 
     Example: kvrag pin handbook.pdf
     """
-    _pin(names, folder, chroma, collection, pinned=True, as_json=as_json)
+    _pin(names, folder, chroma, collection, tenant, pinned=True, as_json=as_json)
 
 
 def unpin(
@@ -139,17 +143,18 @@ def unpin(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let the caches of these chunks, sources or files be evicted again.
 
     Example: kvrag unpin handbook.pdf
     """
-    _pin(names, folder, chroma, collection, pinned=False, as_json=as_json)
+    _pin(names, folder, chroma, collection, tenant, pinned=False, as_json=as_json)
 
 
-def _pin(names: list[str], folder: Any, chroma: Any, collection: str, *, pinned: bool, as_json: bool) -> None:
-    place = open_home(folder, chroma, collection)
+def _pin(names: list[str], *place_of: Any, pinned: bool, as_json: bool) -> None:
+    place = open_home(*place_of)
     place.settings()
     with place.corpus() as corpus, closing(place.store()) as store:
         ids = chosen_ids(corpus, names)
@@ -171,6 +176,7 @@ def budget(
     folder: HomeOption = None,
     chroma: ChromaOption = None,
     collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how much room the caches take, or set how much they may take from now on.
@@ -179,7 +185,7 @@ def budget(
 
     Example: kvrag budget 20GB
     """
-    place = open_home(folder, chroma, collection)
+    place = open_home(folder, chroma, collection, tenant)
     most = place.settings().budget_bytes
     with closing(place.store()) as store:
         pinned = sum(entry.num_bytes for entry in store.entries() if entry.pinned)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from kvrag.errors import InputError
+from kvrag.errors import ConfigError, InputError
 from kvrag.home import Home
 from kvrag.index import Index, Record
 from kvrag.lockstep import Progress
@@ -75,6 +75,7 @@ def export_collection(
 
     Raises:
         InputError: the file is there already, or cannot be written.
+        ConfigError: the caches are encrypted: the file would be of no use elsewhere.
         CorpusLocked: another process is writing to the collection.
     """
     if path.exists() and not replace:
@@ -98,6 +99,11 @@ def _write(
     home: Home, path: Path, file: BinaryIO, key: Ed25519PrivateKey | None, progress: Progress | None
 ) -> ExportReport:
     settings, store, index = home.settings(), home.store(), home.index()
+    if store.is_encrypted:
+        raise ConfigError(
+            f"the caches in {store.path} are encrypted, and an export has the texts in the clear: copy the "
+            "folder as it is, or ingest the documents elsewhere"
+        )
     references, writer = References(store.path / "references.sqlite"), Writer(file)
     try:
         index.begin_writing()  # nobody adds or removes documents meanwhile

@@ -17,6 +17,7 @@ from kvrag.store.codec import codec_named
 from kvrag.store.counts import Counts
 from kvrag.store.eviction import eviction_named
 from kvrag.store.files import write_error
+from kvrag.store.filters import Filters
 from kvrag.store.folder import EntryFolder, is_id
 from kvrag.store.hits import Hits
 from kvrag.store.key import EntryKey
@@ -56,13 +57,18 @@ class DiskStore:
         eviction: what is worth least, by name (`kvrag.store.eviction`). All who put into one folder should
             name the same: whoever evicts with another has all entries weighed anew.
         quotas: bytes by tenant, within the budget: a tenant that is full evicts entries of its own.
+        compress: "zstd" makes files of new entries smaller without changing a row, for slow disks and links;
+            they are no longer attended to where they lie. Entries are read whatever is said here.
+        key: 32 bytes (`kvrag.keys`): everything is encrypted. A store is encrypted as a whole or not at all,
+            as its first entry was; without its key it can be listed, verified and deleted from.
         direct: read whole entries past the page cache into memory of the process, where the file system can
             (`kvrag.store.direct` says when that pays); `keep_bytes` is memory then.
         ttl_seconds: time to live of entries that are put without one of their own; None: no end.
         wall_clock: seconds since 1970, for times to live (`kvrag.store.clock` says what happens if it jumps).
 
     Raises:
-        ConfigError: a setting that cannot work.
+        ConfigError: a setting that cannot work, or not the key that the folder is encrypted with.
+        MissingExtra: compression and encryption need extras, `kvrag[compress]` and `kvrag[encrypt]`.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class DiskStore:
         budget_bytes: int | None = None,
         eviction: str = "gdsf",
         quotas: Mapping[str, int] | None = None,
+        compress: Literal["zstd"] | None = None,
+        key: bytes | None = None,
         direct: bool = False,
         ttl_seconds: float | None = None,
         wall_clock: Callable[[], float] = time.time,
@@ -86,7 +94,7 @@ class DiskStore:
         self._ttl_seconds = ttl_seconds
         self._limits = Limits(budget_bytes, dict(quotas or {}))
         self._clock = StoreClock(wall_clock)
-        self._folder = EntryFolder(self.path)
+        self._folder = EntryFolder(self.path, Filters(compress, key))
         self._ledger = Ledger(self._folder, self._clock, eviction)
         self._hits = Hits(self._ledger, self._clock)
         self._counts = Counts()
@@ -94,6 +102,11 @@ class DiskStore:
         self._loader = Loader(*around, self._counts, verify=verify, keep_bytes=keep_bytes, direct=direct)
         self._writer = Writer(*around, self._limits, self._hits, self._loader, self._counts)
         self._upkeep = Upkeep(*around, self._limits, self._writer.evict, self._loader.set_aside)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its entries are, or will be once there are some."""
+        return self._folder.filters.look_at(self.path)
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows: as views of its mapped file, or decoded where a codec wrote them.
@@ -407,4 +420,6 @@ def _proven(key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) ->
         layout.verify_parts(data, found)
     except Damaged as damage:
         raise ConfigError(f"these are not the bytes of entry {key_id[:12]}: {damage}") from damage
+    if found.id != key_id:
+        raise ConfigError(f"these are the bytes of entry {found.id[:12]}, not of {key_id[:12]}")
     return found

@@ -28,8 +28,10 @@ from kvrag.store.files import (
     write_partial,
     write_partials,
 )
+from kvrag.store.filters import PLAIN, SEALED, Filters
 from kvrag.store.kept import Signature
 from kvrag.store.layout import Damaged, Manifest
+from kvrag.store.sealing import Cipher
 
 MAX_QUARANTINED = 8
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -66,13 +68,17 @@ class EntryFolder:
 
     Args:
         path: the store's folder, which needs not exist.
-        suffix: of the data files.
+        filters: what is done to the bytes of entries.
+
+    Raises:
+        ConfigError: the folder is encrypted with another key, or has entries that are not encrypted at all.
     """
 
-    def __init__(self, path: Path, suffix: str = "safetensors") -> None:
+    def __init__(self, path: Path, filters: Filters = PLAIN) -> None:
         self.path = path
+        self.filters = filters
         self._root = str(path)
-        self._suffix = suffix
+        self._suffix = SEALED if filters.look_at(path) else "safetensors"
 
     # --- looking ---
 
@@ -97,17 +103,24 @@ class EntryFolder:
         return os.path.exists(f"{self._root}/{key_id[:2]}/{key_id}.json")
 
     def manifest(self, key_id: str) -> Manifest:
-        """What is known of an entry without reading its rows.
+        """What is known of an entry without reading its rows; if it is encrypted, without its fingerprint.
 
         Raises:
             Damaged: it cannot be read, or is none.
         """
-        try:
-            with open(f"{self._root}/{key_id[:2]}/{key_id}.json", "rb") as file:
-                raw = file.read()
-        except OSError as error:
-            raise Damaged(f"the manifest cannot be read: {error}") from error
-        return layout.parse_manifest(raw)
+        return layout.read_manifest(f"{self._root}/{key_id[:2]}/{key_id}.json")
+
+    def revealed(self, key_id: str) -> tuple[Manifest, Cipher | None]:
+        """The same with its fingerprint, and what opens the entry's blobs.
+
+        Raises:
+            ConfigError: it is encrypted, and there is no key.
+            Damaged: it cannot be read, or is not this entry's.
+        """
+        manifest = self.manifest(key_id)
+        if manifest.id != key_id:
+            raise Damaged(f"the entry belongs to another name, {manifest.id[:12]}")
+        return layout.reveal(manifest, self.filters)
 
     def size(self, key_id: str) -> int:
         """Bytes of an entry's files."""

@@ -1,12 +1,12 @@
-"""The bytes of an entry: a safetensors file of rows and a manifest. Specified in docs/store-format.md."""
+"""The bytes of an entry: a data file of rows and a manifest. Specified in docs/store-format.md."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,103 +18,56 @@ from kvrag.errors import ConfigError
 from kvrag.rotary import Rotation
 from kvrag.segments import KV, LayerKV
 from kvrag.store import advice
-from kvrag.store.codec import CODECS, Codec, Part, Shape
-from kvrag.store.key import EntryKey, Fingerprint, token_bytes
+from kvrag.store.codec import CODECS, Part
+from kvrag.store.damage import Damaged
+from kvrag.store.filters import PLAIN, ZSTD, Filters, place, undo
+from kvrag.store.key import KEYED, EntryKey, Fingerprint, token_bytes
+from kvrag.store.manifest import (
+    ALIGNMENT,
+    CODES,
+    DTYPES,
+    Checksums,
+    Manifest,
+    checksum,
+    dump_manifest,
+    is_storable,
+    parse_manifest,
+    read_manifest,
+    resealed,
+    reveal,
+    sealed,
+)
+from kvrag.store.planes import zstandard
+from kvrag.store.sealing import CIPHER, Cipher
 from kvrag.store.together import THREADS, together
 
-ALIGNMENT = 64
+__all__ = [
+    "ALIGNMENT",
+    "Checksums",
+    "Damaged",
+    "Manifest",
+    "dump_manifest",
+    "encode",
+    "is_storable",
+    "map_file",
+    "parse_manifest",
+    "prove_name",
+    "read_manifest",
+    "reader",
+    "rekeyed",
+    "resealed",
+    "reveal",
+    "rotations_of",
+    "stored_tokens",
+    "verify",
+    "verify_frame",
+    "verify_layer",
+    "verify_parts",
+    "view_rows",
+]
+
 _RUN_BYTES = 2 << 20  # less of a file is not worth a thread
-_DTYPES = {
-    "float64": ("F64", torch.float64),
-    "float32": ("F32", torch.float32),
-    "float16": ("F16", torch.float16),
-    "bfloat16": ("BF16", torch.bfloat16),
-    "float8_e4m3fn": ("F8_E4M3", torch.float8_e4m3fn),
-    "float8_e5m2": ("F8_E5M2", torch.float8_e5m2),
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.values()} | {torch.uint8: "U8"}
-_SEAL = b',"manifest_checksum":"'
-_SEAL_END = b'"}\n'
-_SEAL_BYTES = len(_SEAL) + 32 + len(_SEAL_END)
-
-
-class Damaged(Exception):
-    """A file of the store is not what it has to be; the message says in what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checksums:
-    """xxh3_128 in hex of the parts of the data file; together they cover every byte of it."""
-
-    header: str
-    tokens: str
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is known about an entry without reading its rows.
-
-    Attributes:
-        fingerprint: fields of the key's fingerprint.
-        num_tokens: T.
-        layers: (K, D, Dv) of every layer.
-        data_start: bytes of the data file before layer 0; a multiple of 64.
-        file_size: bytes of the data file.
-        checksums: of header, tokens and layers.
-        created: seconds since 1970.
-        cost_seconds: what reading the text took; 0 if unknown.
-        expires: seconds since 1970 after which the entry is a miss; None: never.
-    """
-
-    fingerprint: dict[str, str | int]
-    num_tokens: int
-    layers: tuple[tuple[int, int, int], ...]
-    data_start: int
-    file_size: int
-    checksums: Checksums
-    created: float
-    cost_seconds: float = 0.0
-    expires: float | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the rows."""
-        return _DTYPES[str(self.fingerprint["dtype"])][1]
-
-    @property
-    def codec(self) -> Codec:
-        """How the rows are written."""
-        return CODECS[str(self.fingerprint["codec"])]
-
-    def parts(self, number: int) -> tuple[Part, ...]:
-        """The tensors of one layer in the data file, in order."""
-        return _parts(self.codec.name, self.layers[number], self.num_tokens, self.dtype)[0]
-
-    def layer_spans(self) -> Iterator[tuple[int, int]]:
-        """First byte and the one after the last of every layer in the data file."""
-        start, codec, dtype = self.data_start, self.codec.name, self.dtype
-        for shape in self.layers:
-            end = start + _parts(codec, shape, self.num_tokens, dtype)[1]
-            yield start, end
-            start = end
-
-    def row_bytes(self) -> list[int]:
-        """Bytes of each layer's rows in memory."""
-        size = self.num_tokens * self.dtype.itemsize
-        return [heads * (key_size + value_size) * size for heads, key_size, value_size in self.layers]
-
-
-@lru_cache(maxsize=1024)
-def _parts(codec: str, shape: Shape, num_tokens: int, dtype: torch.dtype) -> tuple[tuple[Part, ...], int]:
-    """The tensors of one layer, and their bytes together; asked for every layer of every load."""
-    parts = CODECS[codec].parts(shape, num_tokens, dtype)
-    return parts, sum(part.num_bytes for part in parts)
-
-
-def is_storable(dtype: str) -> bool:
-    """Whether rows of this element type have a name in the format."""
-    return dtype in _DTYPES
+_SEALED_HEADER = b"kvrag sealed entry, layout 2\n".ljust(ALIGNMENT, b"\0")
 
 
 def layer_parts(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
@@ -123,31 +76,97 @@ def layer_parts(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
     return [t.numpy().data for t in flat]
 
 
-def encode(fingerprint: Fingerprint, kv: KV, created: float) -> tuple[Manifest, list[bytes | memoryview]]:
-    """Manifest and the data file's parts in order."""
+def encode(
+    key: EntryKey,
+    kv: KV,
+    created: float,
+    *,
+    cost_seconds: float = 0.0,
+    expires: float | None = None,
+    filters: Filters = PLAIN,
+) -> tuple[Manifest, list[bytes | memoryview]]:
+    """Manifest and the data file's parts in order.
+
+    Args:
+        key: of the entry.
+        kv: its rows.
+        created: seconds since 1970.
+        cost_seconds: what reading the text took; 0 if unknown.
+        expires: seconds since 1970 after which it is a miss; None: never.
+        filters: what is done to the bytes.
+
+    Raises:
+        ConfigError: the codec, or the cipher, cannot take these rows.
+    """
+    fingerprint, num_tokens = key.fingerprint, kv.num_tokens
     shapes = tuple((x.keys.shape[0], x.keys.shape[2], x.values.shape[2]) for x in kv.layers)
-    codec = CODECS[fingerprint.codec]
-    dtype = _DTYPES[fingerprint.dtype][1]
-    header = _header(
-        fingerprint.fields(), kv.num_tokens, [codec.parts(s, kv.num_tokens, dtype) for s in shapes]
-    )
+    codec, dtype = CODECS[fingerprint.codec], DTYPES[fingerprint.dtype][1]
+    parts = [codec.parts(shape, num_tokens, dtype) for shape in shapes]
     rotations = rotations_of(fingerprint, len(kv.layers))
-    layers = [
+    layers: list[Sequence[bytes | memoryview]]
+    plain = [
         layer_parts(codec.pack(layer, rotation)) for layer, rotation in zip(kv.layers, rotations, strict=True)
     ]
-    tokens = token_bytes(kv.tokens)
-    parts: list[bytes | memoryview] = [header, *(part for layer in layers for part in layer), tokens]
-    checksums = Checksums(_checksum(header), _checksum(tokens), tuple(map(_checksum_parts, layers)))
+    frames = filters.compressed(plain, parts)
+    layers = [[frame] for frame in frames] if frames else list(plain)
+    tokens: bytes | memoryview = token_bytes(kv.tokens)
+    cipher = filters.sealing(fingerprint.tenant, key.id)
+    chain = ((ZSTD,) if frames else ()) + ((CIPHER,) if cipher else ())
+    if cipher:
+        layers = [[memoryview(cipher.seal(x, *place(number, chain)))] for number, x in enumerate(layers)]
+        tokens = memoryview(cipher.seal([tokens], "tokens"))
+        header = _SEALED_HEADER
+    else:
+        header = _header(
+            fingerprint.fields(), num_tokens, parts, [len(f) for f in frames] if frames else None
+        )
+    sizes = tuple(sum(map(len, layer)) for layer in layers)
     manifest = Manifest(
+        id=key.id,
         fingerprint=fingerprint.fields(),
-        num_tokens=kv.num_tokens,
+        num_tokens=num_tokens,
         layers=shapes,
         data_start=len(header),
-        file_size=sum(len(part) for part in parts),
-        checksums=checksums,
+        file_size=len(header) + sum(sizes) + len(tokens),
+        checksums=Checksums(checksum(header), checksum(tokens), tuple(map(_checksum_parts, layers))),
         created=created,
+        cost_seconds=cost_seconds,
+        expires=expires,
+        filters=chain,
+        sizes=sizes,
     )
-    return manifest, parts
+    if cipher and filters.key:
+        manifest = sealed(replace(manifest, key_id=filters.key.id), cipher)
+    return manifest, [header, *(part for layer in layers for part in layer), tokens]
+
+
+def rekeyed(
+    data: torch.Tensor, manifest: Manifest, before: Filters, after: Filters
+) -> tuple[Manifest, list[bytes | memoryview]]:
+    """An encrypted entry under another key: manifest and the data file's parts in order.
+
+    Args:
+        data: the mapped file, verified.
+        manifest: of the entry, as it was read.
+        before: with the key that it has.
+        after: with the key that it gets.
+
+    Raises:
+        Damaged: it cannot be decrypted.
+    """
+    revealed, old = reveal(manifest, before)
+    new = after.sealing(str(manifest.fingerprint["tenant"]), manifest.id)
+    if old is None or new is None or after.key is None:
+        raise Damaged("the entry is not encrypted")
+    spans = [*manifest.layer_spans(), (manifest.tokens_start, manifest.file_size)]
+    places = [*(place(n, manifest.filters) for n in range(len(manifest.layers))), ("tokens",)]
+    blobs = [
+        memoryview(new.seal([old.open(data[start:end].numpy().data, *where).numpy().data], *where))
+        for (start, end), where in zip(spans, places, strict=True)
+    ]
+    *layers, tokens = map(checksum, blobs)
+    sums = Checksums(manifest.checksums.header, tokens, tuple(layers))
+    return sealed(replace(revealed, checksums=sums, key_id=after.key.id), new), [_SEALED_HEADER, *blobs]
 
 
 def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation | None]:
@@ -166,8 +185,20 @@ def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation
     return fingerprint.rotations
 
 
-def _header(fields: dict[str, str | int], num_tokens: int, layers: Sequence[Sequence[Part]]) -> bytes:
-    """Length and JSON of a safetensors header, padded with spaces so that the rows start aligned."""
+def _header(
+    fields: dict[str, str | int],
+    num_tokens: int,
+    layers: Sequence[Sequence[Part]],
+    compressed: Sequence[int] | None = None,
+) -> bytes:
+    """Length and JSON of a safetensors header, padded with spaces so that the rows start aligned.
+
+    Args:
+        fields: of the fingerprint.
+        num_tokens: T.
+        layers: the codec's tensors of each.
+        compressed: bytes of each layer's frame, which stands for its tensors then.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "kvrag", **{k: str(v) for k, v in fields.items()}}}
     offset = 0
 
@@ -176,70 +207,15 @@ def _header(fields: dict[str, str | int], num_tokens: int, layers: Sequence[Sequ
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
 
-    for number, parts in enumerate(layers):
+    for number, size in enumerate(compressed or ()):
+        describe(f"{number:03}.{ZSTD}", "U8", [size], size)
+    for number, parts in enumerate(() if compressed else layers):
         for part in parts:
-            describe(f"{number:03}.{part.name}", _CODES[part.dtype], part.shape, part.num_bytes)
+            describe(f"{number:03}.{part.name}", CODES[part.dtype], part.shape, part.num_bytes)
     describe("tokens", "I32", [num_tokens], 4 * num_tokens)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
-
-
-def dump_manifest(manifest: Manifest) -> bytes:
-    """One line of JSON whose last field seals all bytes before it."""
-    body = json.dumps(asdict(manifest), separators=(",", ":")).encode()[:-1]
-    return body + _SEAL + _checksum(body).encode() + _SEAL_END
-
-
-def parse_manifest(raw: bytes) -> Manifest:
-    """The manifest in these bytes.
-
-    Raises:
-        Damaged: not sealed by its own checksum, or not of this form.
-    """
-    body, seal = raw[:-_SEAL_BYTES], raw[-_SEAL_BYTES:]
-    if seal != _SEAL + _checksum(body).encode() + _SEAL_END:
-        raise Damaged("the manifest's own checksum does not match")
-    try:
-        fields = json.loads(raw)
-        sums = fields["checksums"]
-        manifest = Manifest(
-            fingerprint=fields["fingerprint"],
-            num_tokens=fields["num_tokens"],
-            layers=tuple((k, d, v) for k, d, v in fields["layers"]),
-            data_start=fields["data_start"],
-            file_size=fields["file_size"],
-            checksums=Checksums(sums["header"], sums["tokens"], tuple(sums["layers"])),
-            created=fields["created"],
-            cost_seconds=fields["cost_seconds"],
-            expires=fields["expires"],
-        )
-        _check_sizes(manifest)
-        _check_times(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"the manifest is sealed but not of this layout: {error!r}") from error
-    return manifest
-
-
-def _check_sizes(manifest: Manifest) -> None:
-    numbers = [manifest.num_tokens, manifest.data_start, *(n for layer in manifest.layers for n in layer)]
-    if not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in numbers):
-        raise Damaged("the manifest has sizes that no entry has")
-    if manifest.data_start % ALIGNMENT or not is_storable(str(manifest.fingerprint["dtype"])):
-        raise Damaged("the manifest has an alignment or an element type that no entry has")
-    if manifest.fingerprint["codec"] not in CODECS:
-        raise Damaged(f"the entry was written by an unknown codec, {manifest.fingerprint['codec']}")
-    end = max((end for _, end in manifest.layer_spans()), default=manifest.data_start)
-    if end + 4 * manifest.num_tokens != manifest.file_size:
-        raise Damaged("the manifest's shapes and file size disagree")
-    if len(manifest.checksums.layers) != len(manifest.layers):
-        raise Damaged("the manifest lacks a layer's checksum")
-
-
-def _check_times(manifest: Manifest) -> None:
-    times = [manifest.created, manifest.cost_seconds, manifest.expires or 0.0]
-    if not all(isinstance(t, (int, float)) and 0 <= t < 1 << 40 for t in times):
-        raise Damaged("the manifest has times that no entry has")
 
 
 def map_file(path: Path, manifest: Manifest) -> torch.Tensor:
@@ -300,9 +276,9 @@ def verify_frame(data: torch.Tensor, manifest: Manifest) -> None:
     Raises:
         Damaged: a part differs; the message names it.
     """
-    if _checksum(data[: manifest.data_start].numpy()) != manifest.checksums.header:
+    if checksum(data[: manifest.data_start].numpy()) != manifest.checksums.header:
         raise Damaged("the data file's header has changed")
-    if _checksum(stored_tokens(data, manifest)) != manifest.checksums.tokens:
+    if checksum(data[manifest.tokens_start :].numpy()) != manifest.checksums.tokens:
         raise Damaged("the tokens have changed")
 
 
@@ -319,19 +295,48 @@ def verify_layer(data: torch.Tensor, manifest: Manifest, number: int, span: tupl
         Damaged: they differ.
     """
     start, end = span
-    if _checksum(data[start:end].numpy()) != manifest.checksums.layers[number]:
+    if checksum(data[start:end].numpy()) != manifest.checksums.layers[number]:
         raise Damaged(f"the rows of layer {number} have changed")
 
 
-def stored_tokens(data: torch.Tensor, manifest: Manifest) -> bytes:
-    """The tokens' bytes, as `token_bytes` gives them."""
-    return data[manifest.file_size - 4 * manifest.num_tokens :].numpy().tobytes()
+def stored_tokens(data: torch.Tensor, manifest: Manifest, cipher: Cipher | None = None) -> bytes:
+    """The tokens' bytes, as `token_bytes` gives them.
+
+    Raises:
+        Damaged: they cannot be decrypted.
+    """
+    blob = data[manifest.tokens_start :]
+    return (blob if cipher is None else cipher.open(blob.numpy().data, "tokens")).numpy().tobytes()
+
+
+def prove_name(data: torch.Tensor, manifest: Manifest, key_id: str, filters: Filters = PLAIN) -> None:
+    """Prove that a verified entry belongs to its name, as far as this store can read it.
+
+    Names of tenants cannot be computed here, nor names of encrypted entries without the key: they are what
+    the manifest says, which `get` compares with the key that it looks for.
+
+    Raises:
+        Damaged: it belongs to another.
+    """
+    if manifest.id != key_id:
+        raise Damaged("the entry belongs to another name")
+    if CIPHER in manifest.filters and not filters.is_encrypting:
+        return
+    manifest, cipher = reveal(manifest, filters)
+    raw = stored_tokens(data, manifest, cipher)
+    tokens = tuple(int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, len(raw), 4))
+    try:
+        fingerprint = Fingerprint(**manifest.fingerprint)  # type: ignore[arg-type]  # str | int from JSON
+    except TypeError as error:
+        raise Damaged(f"the manifest has other fingerprint fields: {error}") from error
+    if not str(fingerprint.tenant).startswith(KEYED) and EntryKey(fingerprint, tokens).id != key_id:
+        raise Damaged("the entry's content belongs to another name")
 
 
 def view_rows(data: torch.Tensor, manifest: Manifest, tokens: tuple[int, ...]) -> KV:
     """Raw keys and values as views of the mapped file: no byte of a row is copied."""
     count, shapes = manifest.num_tokens, manifest.layers
-    flat = data[manifest.data_start : manifest.file_size - 4 * count].view(manifest.dtype)
+    flat = data[manifest.data_start : manifest.tokens_start].view(manifest.dtype)
     if len({n for _, *sizes in shapes for n in sizes}) == 1 and len(set(shapes)) == 1:
         # Nearly every model: all tensors at once, a fifth of the time of one view after another.
         heads, size, _ = shapes[0]
@@ -347,21 +352,31 @@ def view_rows(data: torch.Tensor, manifest: Manifest, tokens: tuple[int, ...]) -
     return KV(tokens, tuple(layers))
 
 
-def reader(data: torch.Tensor, manifest: Manifest, key: EntryKey) -> Callable[[int], LayerKV]:
+def reader(
+    data: torch.Tensor, manifest: Manifest, key: EntryKey, cipher: Cipher | None = None
+) -> Callable[[int], LayerKV]:
     """What gives the rows of a layer: views of the mapped file, or decoded in memory of their own.
+
+    What it gives may raise `Damaged`: an encrypted or compressed layer that cannot be undone.
 
     Raises:
         ConfigError: keys are to be rotated and the key's fingerprint does not say how.
+        MissingExtra: the entry is compressed, and the library for it is not installed.
     """
-    if manifest.codec.name == "raw":
+    if manifest.codec.name == "raw" and not manifest.filters:
         return view_rows(data, manifest, key.tokens).layers.__getitem__
+    if ZSTD in manifest.filters:
+        zstandard()  # to be missed now, not when a layer is touched
     rotations, spans = rotations_of(key.fingerprint, len(manifest.layers)), list(manifest.layer_spans())
 
     def decoded(number: int) -> LayerKV:
-        at, tensors = spans[number][0], []
-        for part in manifest.parts(number):
-            # A copy: parts lie where the ones before end, which may be no multiple of their elements' size.
-            raw = data[at : at + part.num_bytes].clone()
+        parts, (start, end) = manifest.parts(number), spans[number]
+        flat = undo(manifest.filters, cipher, number, data[start:end], parts)
+        at, tensors = 0, []
+        for part in parts:
+            raw = flat[at : at + part.num_bytes]
+            # Parts lie where the ones before end, which may be no multiple of their elements' size.
+            raw = raw.clone() if raw.storage_offset() % part.dtype.itemsize else raw
             tensors.append(raw.view(part.dtype).view(part.shape))
             at += part.num_bytes
         return manifest.codec.unpack(tensors, manifest.dtype, rotations[number])
@@ -369,12 +384,7 @@ def reader(data: torch.Tensor, manifest: Manifest, key: EntryKey) -> Callable[[i
     return decoded
 
 
-def _checksum(part: Any) -> str:
-    """xxh3_128 of bytes, or of whatever lends its memory as bytes."""
-    return xxhash.xxh3_128_hexdigest(part)
-
-
-def _checksum_parts(parts: list[memoryview]) -> str:
+def _checksum_parts(parts: Sequence[bytes | memoryview]) -> str:
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part)

@@ -131,7 +131,7 @@ class Loader:
             Damaged: it is not what its manifest and this key say.
             CacheMiss: its time to live is over.
         """
-        manifest = self._folder.manifest(key.id)
+        manifest, cipher = self._folder.revealed(key.id)
         fields = key.fingerprint.fields()
         if manifest.fingerprint != fields:
             other = {name: manifest.fingerprint.get(name) for name, v in fields.items()}
@@ -141,9 +141,9 @@ class Loader:
         data = self._data(self._folder.files(key.id)[1], manifest, by_layer=by_layer)
         if self._verify == "load":
             (layout.verify_frame if by_layer else layout.verify)(data, manifest)
-        if layout.stored_tokens(data, manifest) != token_bytes(key.tokens):
+        if layout.stored_tokens(data, manifest, cipher) != token_bytes(key.tokens):
             raise Damaged("the entry holds other tokens")
-        layer = layout.reader(data, manifest, key)
+        layer = layout.reader(data, manifest, key, cipher)
         if by_layer:
             kv = self._by_layer(key, signature, data, manifest, layer)
         else:
@@ -179,11 +179,12 @@ class Loader:
             try:
                 if self._verify == "load":
                     layout.verify_layer(data, manifest, number, (start, end))
+                rows = layer(number)
             except Damaged as damage:
                 self._lose(key.id, signature, damage)
                 raise self._miss(key.id) from damage
             self._counts.add("bytes_read", end - start)
-            return layer(number)
+            return rows
 
         def finish() -> None:
             whole = KV(key.tokens, tuple(layers))

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -18,7 +18,6 @@ import xxhash
 from kvrag.errors import CacheMiss, ConfigError
 from kvrag.store import layout
 from kvrag.store.disk import DiskStore
-from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.layout import Damaged, Manifest
 
 _MAGIC = b"kvrag\x00\x00\x01"
@@ -60,25 +59,8 @@ class EntryBytes:
         if self.data.nbytes != manifest.file_size:
             raise Damaged(f"the data has {self.data.nbytes} bytes, its manifest says {manifest.file_size}")
         layout.verify(self.data, manifest)
-        prove_name(self.id, self.data, manifest)
+        layout.prove_name(self.data, manifest, self.id)
         return manifest
-
-
-def prove_name(key_id: str, data: torch.Tensor, manifest: Manifest) -> None:
-    """Prove that an entry whose bytes are verified belongs to its name.
-
-    Raises:
-        Damaged: it belongs to another.
-    """
-    raw = layout.stored_tokens(data, manifest)
-    tokens = tuple(int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, len(raw), 4))
-    fields: dict[str, Any] = dict(manifest.fingerprint)
-    try:
-        found = EntryKey(Fingerprint(**fields), tokens).id
-    except TypeError as error:
-        raise Damaged(f"the manifest has other fingerprint fields: {error}") from error
-    if found != key_id:
-        raise Damaged("the entry's content belongs to another name")
 
 
 @runtime_checkable

@@ -11,18 +11,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
+from kvrag.errors import CacheMiss, ConfigError, MissingExtra, StoreError, StoreWriteError
 from kvrag.segments import KV, LayerKV
 from kvrag.store import layout
 from kvrag.store.base import CheckReport, Receipt, StoreStats, check_rows, check_times
 from kvrag.store.bucket import Bucket
 from kvrag.store.codec import codec_named
 from kvrag.store.files import PARTIAL
+from kvrag.store.filters import Filters
 from kvrag.store.key import EntryKey, token_bytes
 from kvrag.store.layout import Damaged, Manifest
 from kvrag.store.lazy import MappedLayers
@@ -50,21 +50,33 @@ class ObjectStore:
         url: such as s3://bucket/prefix, file:///mnt/shared/caches or memory://name; others than local files
             and memory need fsspec's package for them (s3fs, gcsfs, ...).
         verify: "load" checks every byte that is fetched; "never" checks sizes, manifest and tokens only.
+        compress: "zstd" for entries that are put here; see `DiskStore`.
+        master_key: 32 bytes: entries are encrypted before they leave this process, and no others are read. A
+            disk tier above needs the same as its `key`, so that entries can move between them as they are.
         options: for the file system, such as `key`, `secret`, `endpoint_url`.
 
     Raises:
-        ConfigError: fsspec cannot open the URL.
-        MissingExtra: fsspec is not installed.
+        ConfigError: fsspec cannot open the URL, or a setting cannot work.
+        MissingExtra: fsspec, or what compresses or encrypts, is not installed.
     """
 
     name = "objects"
 
-    def __init__(self, url: str, *, verify: Literal["load", "never"] = "load", **options: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        verify: Literal["load", "never"] = "load",
+        compress: Literal["zstd"] | None = None,
+        master_key: bytes | None = None,
+        **options: Any,
+    ) -> None:
         if verify not in ("load", "never"):
             raise ConfigError(f"verify={verify!r}: expected 'load' or 'never'")
         self.url = url
         self._bucket = Bucket(url, options)
         self._verify = verify == "load"
+        self._filters = Filters(compress, master_key)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._lent: dict[str, weakref.WeakSet[MappedLayers]] = {}
@@ -77,7 +89,7 @@ class ObjectStore:
         except Damaged as damage:
             self._lose(key.id, damage)
             raise self._miss(key.id, str(damage)) from damage
-        except CacheMiss:
+        except (CacheMiss, ConfigError, MissingExtra):
             raise
         except Exception as error:
             raise self._unread(key.id, error) from error
@@ -99,9 +111,10 @@ class ObjectStore:
             raise ConfigError(f"no file format for elements of type {key.fingerprint.dtype}")
         codec_named(key.fingerprint.codec)  # refuses unknown names
         now = time.time()
-        manifest, parts = layout.encode(key.fingerprint, kv, now)
         expires = None if ttl_seconds is None else now + ttl_seconds
-        manifest = replace(manifest, cost_seconds=cost_seconds, expires=expires)
+        manifest, parts = layout.encode(
+            key, kv, now, cost_seconds=cost_seconds, expires=expires, filters=self._filters
+        )
         raw = in_one_piece(layout.dump_manifest(manifest), parts, cost_seconds=cost_seconds, expires=expires)
         self._upload(key.id, raw)
 
@@ -252,11 +265,14 @@ class ObjectStore:
             Damaged: it is not what its manifest and this key say.
             CacheMiss: its time is over.
         """
-        manifest, frame, fields = opened.manifest, opened.frame, key.fingerprint.fields()
+        frame, fields = opened.frame, key.fingerprint.fields()
         if self._lost.get(key.id) == opened.raw_manifest:
             raise Damaged("it was found damaged before")
         if frame.expires is not None and frame.expires <= time.time():
             raise self._miss(key.id, "its time to live is over")
+        manifest, cipher = layout.reveal(opened.manifest, self._filters)
+        if manifest.id != key.id:
+            raise Damaged(f"the entry belongs to another name, {manifest.id[:12]}")
         if manifest.fingerprint != fields:
             other = {name: manifest.fingerprint.get(name) for name, v in fields.items()}
             raise Damaged(f"the entry was made for {other}, asked for was {fields}")
@@ -268,15 +284,17 @@ class ObjectStore:
             opened.fetch(0, manifest.file_size)
         if self._verify:
             (layout.verify_frame if by_layer else layout.verify)(opened.data, manifest)
-        if layout.stored_tokens(opened.data, manifest) != token_bytes(key.tokens):
+        if layout.stored_tokens(opened.data, manifest, cipher) != token_bytes(key.tokens):
             raise Damaged("the entry holds other tokens")
-        layer = layout.reader(opened.data, manifest, key)
+        layer = layout.reader(opened.data, manifest, key, cipher)
         if by_layer:
-            return self._by_layer(key, opened, layer)
+            return self._by_layer(key, opened, manifest, layer)
         self._count("bytes_read", sum(end - start for start, end in spans))
         return KV(key.tokens, tuple(map(layer, range(len(spans)))))
 
-    def _by_layer(self, key: EntryKey, opened: _Opened, layer: Callable[[int], LayerKV]) -> KV:
+    def _by_layer(
+        self, key: EntryKey, opened: _Opened, manifest: Manifest, layer: Callable[[int], LayerKV]
+    ) -> KV:
         """The same rows, each layer fetched, verified and counted when it is first touched."""
         spans = list(opened.manifest.layer_spans())
 
@@ -296,7 +314,7 @@ class ObjectStore:
             return rows
 
         # Fetched when they are touched: `Prefetch` is what fetches ahead, in threads of its own.
-        sizes = opened.manifest.row_bytes()
+        sizes = manifest.row_bytes()
         layers = MappedLayers(len(key.tokens), sizes, prove, lambda: None, lambda _: None)
         with self._lock:
             self._lent.setdefault(key.id, weakref.WeakSet()).add(layers)

@@ -12,7 +12,6 @@ from kvrag.store.clock import StoreClock
 from kvrag.store.files import remove
 from kvrag.store.folder import EntryFolder, Listing
 from kvrag.store.index import EntryIndex, Victim
-from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.layout import Damaged
 from kvrag.store.ledger import Ledger
 from kvrag.store.room import Limits
@@ -153,14 +152,7 @@ class Upkeep:
         manifest = self._folder.manifest(key_id)
         data = layout.map_file(self._folder.files(key_id)[1], manifest)
         layout.verify(data, manifest)
-        raw = layout.stored_tokens(data, manifest)
-        tokens = tuple(int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, len(raw), 4))
-        try:
-            fingerprint = Fingerprint(**manifest.fingerprint)  # type: ignore[arg-type]  # str | int from JSON
-        except TypeError as error:
-            raise Damaged(f"the manifest has other fingerprint fields: {error}") from error
-        if EntryKey(fingerprint, tokens).id != key_id:
-            raise Damaged("the entry's content belongs to another name")
+        layout.prove_name(data, manifest, key_id, self._folder.filters)
 
     def _check_entries(
         self, listing: Listing, progress: Callable[[int], None] | None, *, fix: bool

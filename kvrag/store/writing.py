@@ -77,6 +77,7 @@ class Writer:
 
     def put_bytes(self, key_id: str, manifest: Manifest, data: Sequence[bytes | memoryview]) -> bool:
         """Write an entry as it lies in another store; false if one is here already."""
+        self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
         self._prepare(manifest)
         with self._folder.writing([(key_id, manifest, data)]) as commit, self._ledger.locked():
             if self._folder.exists(key_id):
@@ -91,6 +92,7 @@ class Writer:
             for theirs, mine in zip(reversed(files), reversed(self._folder.files(key_id)), strict=True):
                 rename(theirs, mine)  # the manifest last: with it there is an entry
 
+        self._folder.filters.check_taken_over(manifest.filters, manifest.key_id)
         self._prepare(manifest)
         make_folder(self._folder.files(key_id)[0].parent)
         with self._ledger.locked():
@@ -148,7 +150,7 @@ class Writer:
         if not self._loader.is_intact(key):
             return None
         try:
-            return self._folder.manifest(key.id)
+            return self._folder.revealed(key.id)[0]
         except Damaged:
             return None  # deleted since
 
@@ -161,8 +163,14 @@ class Writer:
         def encoded() -> Iterator[NewEntry]:
             for key, kv in entries:
                 now = self._clock.now()
-                manifest, parts = layout.encode(key.fingerprint, kv, now)
-                manifest = replace(manifest, cost_seconds=cost_seconds, expires=_end(now, ttl_seconds))
+                manifest, parts = layout.encode(
+                    key,
+                    kv,
+                    now,
+                    cost_seconds=cost_seconds,
+                    expires=_end(now, ttl_seconds),
+                    filters=self._folder.filters,
+                )
                 self._prepare(manifest)
                 new[key.id] = manifest
                 yield key.id, manifest, parts
@@ -190,10 +198,12 @@ class Writer:
                 expires=_end(now, ttl_seconds),
             )
             if manifest != before:
+                manifest = layout.resealed(manifest, self._folder.filters)
                 self._commit({key.id: manifest}, lambda: self._folder.rewrite(key.id, manifest))
 
     def _commit(self, new: Mapping[str, Manifest], commit: Callable[[], None]) -> None:
         """Make room, then have the entries; the caller holds the lock. With limits, one at a time."""
+        self._folder.filters.claim(self._folder.path)
         victims: list[Victim] = []
         for key_id, manifest in new.items():
             self._loader.kept.drop(key_id)

@@ -287,9 +287,7 @@ def fill(path: Path, count: int, *, num_tokens: int = 4, tenants: Sequence[str] 
     for number in range(count):
         tokens = (number // 50_000, number % 50_000, *range(num_tokens - 2))
         key = EntryKey(example_fingerprint(tenant=tenants[number % len(tenants)]), tokens)
-        manifest, parts = layout.encode(
-            key.fingerprint, example_rows(tokens, shapes=FILLED_SHAPES), 1e9 + number
-        )
+        manifest, parts = layout.encode(key, example_rows(tokens, shapes=FILLED_SHAPES), 1e9 + number)
         manifest_file, data_file = folder.files(key.id)
         data_file.write_bytes(b"".join(parts))
         manifest_file.write_bytes(layout.dump_manifest(manifest))

@@ -53,7 +53,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line in this process, as the installed program runs it, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KVRAG_HOME", raising=False)
+    for name in ("KVRAG_HOME", "KVRAG_STORE_KEY", "KVRAG_TENANT_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["kvrag", *map(str, arguments)])

@@ -137,21 +137,21 @@ def test_the_manifest_has_no_text_and_the_sums_are_xxh3(store: DiskStore) -> Non
     assert "tokens" not in manifest
 
 
-def test_an_entry_of_the_first_layout_stays_readable(tmp_path: Path) -> None:
+def test_the_bytes_of_an_entry(tmp_path: Path) -> None:
     """Bytes written down here, so that a change of the format cannot go unnoticed."""
     key = EntryKey(example_fingerprint(), (7,))
     store = DiskStore(tmp_path)
     store.put(key, KV((7,), tuple(example_rows((7,), shapes=((1, 2, 2),)).layers)))
     raw = data_of(store, key).read_bytes()
     assert xxhash.xxh3_64_hexdigest(raw[: len(raw) - 4 - 16]) == xxhash.xxh3_64_hexdigest(
-        _first_layout_header(key)
+        _header_as_specified()
     )
 
 
-def _first_layout_header(key: EntryKey) -> bytes:
+def _header_as_specified() -> bytes:
     text = (
         b'{"__metadata__":{"format":"kvrag","model":"m","tokenizer":"t","rope":"r","dtype":"float32",'
-        b'"prefix":"p","codec":"raw","tenant":"","layout":"1"},'
+        b'"prefix":"p","codec":"raw","tenant":"","layout":"2"},'
         b'"000.keys":{"dtype":"F32","shape":[1,1,2],"data_offsets":[0,8]},'
         b'"000.values":{"dtype":"F32","shape":[1,1,2],"data_offsets":[8,16]},'
         b'"tokens":{"dtype":"I32","shape":[1],"data_offsets":[16,20]}}'
