@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,21 +22,24 @@ from kvrag.index import Hit, Index, Metadata, Record, already_there
 from kvrag.items import KEY_FIELD, Encoder, Item, clean
 from kvrag.lockstep import Lockstep, Progress
 from kvrag.parts import DOCUMENT_FIELD, PART_FIELD, Places, document_of, part_of
-from kvrag.reports import CorpusStats, IngestReport, ReconcileReport, RenewReport
+from kvrag.reports import CorpusStats, Deletion, IngestReport, ReconcileReport, RenewReport, WarmReport
 from kvrag.store.base import KVStore
 from kvrag.store.key import EntryKey, tagged_digest
 from kvrag.store.references import References
+from kvrag.warming import Order, warm
 
 __all__ = [
     "KEY_FIELD",
     "Corpus",
     "CorpusStats",
+    "Deletion",
     "Encoder",
     "Hit",
     "IngestReport",
     "ReconcileReport",
     "Record",
     "RenewReport",
+    "WarmReport",
 ]
 
 
@@ -144,6 +148,7 @@ class Corpus:
         metadatas: Sequence[Metadata | None] | None = None,
         documents: Sequence[str | None] | None = None,
         instead_of: Sequence[str] = (),
+        refill: bool = True,
         progress: Progress | None = None,
     ) -> IngestReport:
         """Add those documents that are not there yet, so that an interrupted run can be repeated.
@@ -157,6 +162,7 @@ class Corpus:
             metadatas: see `add`.
             documents: see `add`.
             instead_of: ids of what these texts replace; those that are not among them are removed.
+            refill: build entries again that were evicted; not for a store that is full: others would go.
             progress: called after every batch.
 
         Raises:
@@ -185,7 +191,7 @@ class Corpus:
                 if record.id in places.of and places.of[record.id] != (document_of(record), part_of(record))
             }
             self._lockstep.write(_at(items, places), self._index.add, progress, moved=moved, gone=gone)
-            completed = self._lockstep.complete(kept, progress)
+            completed = self._lockstep.complete(kept, progress, refill=refill)
             return IngestReport(tuple(ids), len(items), len(ids) - len(items), completed)
 
     def upsert(
@@ -241,11 +247,16 @@ class Corpus:
             places = Places({r.id: (d, part_of(r)) for r in before if (d := document_of(r)) is not None})
             self._lockstep.write(_at(items, places), self._index.upsert)
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Sequence[str]) -> Deletion:
         """Remove documents; the bytes of entries that no document of any collection refers to go with them.
 
         So do entries of other documents that were encoded behind them; those are built anew, behind what is
         left or behind others.
+
+        An embedded Chroma may hold the bytes of their texts in its file for a while: see `Index.forget`.
+
+        Returns:
+            What was erased, in every tier of the store.
 
         Raises:
             DocumentNotFound: an id that is not there; nothing was removed.
@@ -259,11 +270,19 @@ class Corpus:
             following = self._contexts.following(records)
             # Also the entries that records name: a reference may have been lost.
             told = self._contexts.entries([*records, *telling])
+            named = self._references.named(self._index.id, ids)
             self._index.delete(ids)
-            self._lockstep.let_go([*ids, *(record.id for record in telling)], told)
+            receipts = self._lockstep.let_go([*ids, *(record.id for record in telling)], told)
             if self._contexts.can_encode:
                 behind = dict.fromkeys([*(record.id for record in telling), *following])
                 self._lockstep.settle([i for i in behind if i not in set(ids)])
+            kept = sorted(key for key in set(named.values()) if self._references.count(key))
+            return Deletion(tuple(ids), self._index.name, tuple(receipts), tuple(kept), time.time())
+
+    def forget(self) -> bool:
+        """Overwrite what Chroma's file still holds of deleted texts; false if only a server can."""
+        with self._lock:
+            return self._index.forget()
 
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Documents by id, in this order.
@@ -272,6 +291,10 @@ class Corpus:
             DocumentNotFound: an id that is not there.
         """
         return [Record(r.id, r.text, clean(r.metadata)) for r in self._found(ids)]
+
+    def entries_of(self, ids: Sequence[str]) -> dict[str, str]:
+        """For documents by id, the name of the entry that they refer to, if they refer to one."""
+        return self._references.named(self._index.id, ids)
 
     def search(self, query: str, k: int = 5, *, where: Mapping[str, Any] | None = None) -> list[Hit]:
         """The `k` documents nearest to a text, nearest first.
@@ -339,6 +362,44 @@ class Corpus:
         """
         with self._lock:
             return self._lockstep.reconcile(verify=verify, progress=progress)
+
+    def warm(
+        self,
+        *,
+        only_missing: bool = False,
+        order: Order | None = None,
+        room: Callable[[], int | None] | None = None,
+        progress: Progress | None = None,
+    ) -> WarmReport:
+        """Build the entries that documents lack, also for a collection that somebody else has filled.
+
+        A batch's entries are complete when the next one begins, so that an interrupted call can be repeated;
+        what is there then is not built again.
+
+        Args:
+            only_missing: believe the entries that are there, and leave the collection itself as it is: no
+                labels are written into its metadata. Otherwise every byte of the entries is verified first,
+                and what is damaged is built anew.
+            order: gives the place of a record and its tokens; the lowest come first. None: as they lie.
+            room: how many bytes the store still holds, asked before every batch; None: no limit. When a
+                batch does not fit, the call ends instead of evicting what it has just built.
+            progress: called with (tokens read, tokens to read).
+
+        Raises:
+            StoreWriteError: the store cannot be written.
+            CorpusLocked: another process is writing.
+        """
+        with self._lock:
+            return warm(
+                self._lockstep,
+                self._index,
+                self._store,
+                self._contexts,
+                only_missing=only_missing,
+                order=order,
+                room=room,
+                progress=progress,
+            )
 
     def stats(self) -> CorpusStats:
         """Sizes and counts."""

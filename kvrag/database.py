@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
@@ -15,6 +17,18 @@ from chromadb.api.client import Client
 
 from kvrag.errors import CorpusError, CorpusLocked
 from kvrag.store.files import try_lock
+
+logger = logging.getLogger(__name__)
+
+# Of log rows whose text the collection has taken up already, and that a later row deletes or replaces.
+_FORGET = """
+UPDATE embeddings_queue SET metadata = '{}'
+WHERE operation != 3 AND seq_id <= (SELECT min(seq_id) FROM max_seq_id) AND EXISTS (
+    SELECT 1 FROM embeddings_queue AS later
+    WHERE later.id = embeddings_queue.id AND later.topic = embeddings_queue.topic
+    AND later.seq_id > embeddings_queue.seq_id
+)
+"""
 
 
 class ServerDatabase:
@@ -39,6 +53,10 @@ class ServerDatabase:
     def writing(self) -> Iterator[Client]:
         """The client."""
         yield self._client
+
+    def forget(self) -> bool:
+        """False: only the server can."""
+        return False
 
     def begin_writing(self) -> None:
         """Nothing to do: the server orders writes."""
@@ -118,6 +136,24 @@ class FolderDatabase:
             self._writers -= 1
             if self._writers == 0:
                 os.close(self._descriptor)
+
+    def forget(self) -> bool:
+        """Overwrite texts that were deleted or replaced and that the file still holds; false if it cannot.
+
+        Chroma keeps them in its log of changes, which it cuts off every thousand changes or so, and SQLite in
+        pages that nobody uses. What the log says of vectors stays: the graph may not have read it yet. Only
+        between `begin_writing` and `end_writing`.
+        """
+        with self.writing(), closing(sqlite3.connect(f"{self._folder}/chroma.sqlite3", timeout=30.0)) as db:
+            try:
+                db.isolation_level = None
+                db.execute("PRAGMA secure_delete = ON")
+                db.execute(_FORGET)
+                db.execute("VACUUM")
+            except sqlite3.Error as error:
+                logger.warning("deleted texts may still lie in %s: %s", self._folder, error)
+                return False
+            return True
 
     def close(self) -> None:
         """Let go of the folder; the client is closed with its last user."""

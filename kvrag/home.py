@@ -6,20 +6,22 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from kvrag.config import ALONE, BEFORE, Context, store_key
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
-from kvrag.engine import DocumentEncoder, Engine
+from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError
-from kvrag.index import Index
+from kvrag.index import Embedding, Index
 from kvrag.lockstep import Progress
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
 from kvrag.reports import IngestReport
 from kvrag.segments import KV
+from kvrag.store.base import Receipt
 from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
 from kvrag.store.key import Fingerprint
@@ -39,12 +41,16 @@ class Settings:
             documents are encoded behind what stood there at ingestion.
         chroma: address of the Chroma server that holds the collection; None: the embedded database.
         codec: how caches are written, by name.
+        budget_bytes: how much all caches together may take; None: no limit.
+        ttl_seconds: time to live of caches that are written from now on; None: no end.
     """
 
     model: str
     forms: dict[str, RagPrompt]
     chroma: str | None = None
     codec: str = "raw"
+    budget_bytes: int | None = None
+    ttl_seconds: float | None = None
 
 
 class _NoEncoder:
@@ -87,6 +93,7 @@ class Home:
         self.tenant = tenant
         self._chroma = chroma
         self._collection = f"{collection}-{tenant.digest}" if tenant else collection
+        self._chosen: dict[str, Any] = {}
 
     def exists(self) -> bool:
         """Whether something was ingested here."""
@@ -102,7 +109,8 @@ class Home:
         try:
             raw = json.loads(file.read_text())
             forms = {name: RagPrompt(**form) for name, form in raw["forms"].items()}
-            return Settings(raw["model"], forms, raw.get("chroma"), str(raw.get("codec", "raw")))
+            known = {field.name for field in fields(Settings)} & set(raw)
+            return Settings(**{**{name: raw[name] for name in known}, "forms": forms})
         except FileNotFoundError as error:
             raise InputError(f"nothing was ingested in {self.path}; run: kvrag ingest PATH") from error
         except OSError as error:
@@ -125,14 +133,28 @@ class Home:
 
     def remember(self, engine: Engine, form: RagPrompt) -> None:
         """Note model, form and codec for later questions."""
-        forms = self.settings().forms if self.exists() else {}
-        forms[engine.model.name] = form
-        raw = {
-            "model": engine.model.name,
-            "forms": {name: asdict(f) for name, f in forms.items()},
-            "chroma": self._server(),
-            "codec": engine.codec,
-        }
+        before = self.settings() if self.exists() else Settings(engine.model.name, {})
+        forms = {**before.forms, engine.model.name: form}
+        self._save(replace(before, model=engine.model.name, forms=forms, codec=engine.codec))
+
+    def take_over(self, settings: Settings) -> None:
+        """Note what an imported collection was made with, where nothing is known of it here."""
+        if not self.exists():
+            self._save(settings)
+            return
+        ours = self.settings()
+        merged = {**settings.forms, **ours.forms}
+        if merged != ours.forms:
+            self._save(replace(ours, forms=merged))
+
+    def change(self, **settings: Any) -> None:
+        """Change settings for all later commands; in an empty folder from its first ingestion on."""
+        self._chosen.update(settings)
+        if self.exists():
+            self._save(self.settings())
+
+    def _save(self, settings: Settings) -> None:
+        raw = {**asdict(settings), **self._chosen, "chroma": self._server()}
         file = self.path / "settings.json"
         partial = file.with_name(f"settings.{os.getpid()}{PARTIAL}")
         try:
@@ -143,16 +165,29 @@ class Home:
             raise write_error(error, file) from error
 
     def store(self) -> DiskStore:
-        """The caches, encrypted if there is a KVRAG_STORE_KEY.
+        """The caches, within the folder's budget, and encrypted if there is a KVRAG_STORE_KEY.
 
         Raises:
             ConfigError: they are encrypted with another key, or the key is none.
         """
-        return DiskStore(self.path / "store", key=store_key())
+        settings = replace(self.settings() if self.exists() else Settings("", {}), **self._chosen)
+        return DiskStore(
+            self.path / "store",
+            budget_bytes=settings.budget_bytes,
+            ttl_seconds=settings.ttl_seconds,
+            key=store_key(),
+        )
 
-    def index(self) -> Index:
-        """The collection."""
-        return Index.open(self._server() or self.path / "chroma", self._collection)
+    def index(self, *, embedding: Embedding | None = None) -> Index:
+        """The collection; a new one gets this embedding, or the default."""
+        return Index.open(self._database(), self._collection, embedding=embedding)
+
+    def has_collection(self) -> bool:
+        """Whether the collection is there."""
+        return Index.exists(self._database(), self._collection)
+
+    def _database(self) -> str | Path:
+        return self._server() or self.path / "chroma"
 
     def _server(self) -> str | None:
         return self._chroma or (self.settings().chroma if self.exists() else None)
@@ -176,18 +211,28 @@ class Home:
         store = engine.store or self.store()
         return Corpus(index, store, engine.encoder(self.form(engine)), context=_fitting(index, context))
 
-    def sweep(self) -> None:
+    def sweep(self) -> tuple[Receipt, ...]:
         """Remove caches that no document refers to: those that answers of other models left behind.
 
         Without it, a removed document's bytes would stay until the next `reconcile`.
+
+        Returns:
+            What was erased.
         """
         store = self.store()
         references = References(store.path / "references.sqlite")
+        receipts: list[Receipt] = []
+
+        def erase(key_id: str) -> Receipt:
+            receipts.append(store.delete(key_id))
+            return receipts[-1]
+
         try:
-            references.collect(store.ids(), store.delete)
+            references.collect(store.ids(), erase)
         finally:
             references.close()
             store.close()
+        return tuple(receipts)
 
 
 def ingest(
@@ -217,7 +262,7 @@ def ingest(
     chunks = [
         (chunk, {**document.metadata, "source": document.source})
         for document in documents
-        for chunk in _chunks(document.text, encoder, chunk_tokens, by_paragraph=by_paragraph)
+        for chunk in chunks_of(document.text, encoder, chunk_tokens, by_paragraph=by_paragraph)
     ]
     if not chunks:
         raise InputError("no text found in the given files")
@@ -230,9 +275,11 @@ def ingest(
             metadatas=[metadata for _, metadata in chunks],
             documents=[re.sub(r"#page=\d+$", "", metadata["source"]) for _, metadata in chunks],
             instead_of=sorted(before),
+            refill=not _is_full(home, engine),
             progress=progress,
         )
-        if report.completed and not corpus.stats().uncached:  # then the chunks of other files may lack theirs
+        # Then the chunks of other files may lack theirs, too.
+        if report.completed and not corpus.stats().uncached and not _is_full(home, engine):
             corpus.reconcile(verify=False, progress=progress)
         if context is not None:
             corpus.renew_contexts(context, progress=progress)
@@ -249,11 +296,33 @@ def _fitting(index: Index, context: Context | None) -> Context | None:
     return context if noted in (None, ALONE, context) else None
 
 
+def _is_full(home: Home, engine: Engine) -> bool:
+    """Whether no cache of usual size fits: evicted ones would only evict others, were they built anew."""
+    budget, stats = home.settings().budget_bytes, (engine.store or home.store()).stats()
+    if budget is None or not stats.entries:
+        return False
+    return stats.num_bytes + stats.num_bytes / stats.entries > budget
+
+
 def file_of(source: str) -> str:
     """The file of a source: without the page or line behind it."""
     return re.sub(r"#(page|line)=\d+$", "", source)
 
 
-def _chunks(text: str, encoder: DocumentEncoder, chunk_tokens: int, *, by_paragraph: bool) -> list[str]:
+class Counter(Protocol):
+    """What cutting needs to know of a model."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text."""
+        ...
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text."""
+        ...
+
+
+def chunks_of(text: str, encoder: Counter, chunk_tokens: int, *, by_paragraph: bool) -> list[str]:
+    """The chunks that `ingest` makes of a text."""
     most = min(chunk_tokens, encoder.max_tokens // 2)  # a question and its answer need room, too
     return split(text, encoder.tokenize, most, by="paragraph" if by_paragraph else "size")

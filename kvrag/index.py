@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import chromadb
+import numpy as np
 from chromadb.api.client import Client
 from chromadb.api.types import Documents, EmbeddingFunction, validate_metadata
 from chromadb.errors import ChromaError, NotFoundError
@@ -22,6 +23,7 @@ from kvrag.errors import ConfigError, CorpusError, DuplicateDocument, InputError
 Metadata = Mapping[str, Any]
 Embedding = EmbeddingFunction[Documents]
 _Database = FolderDatabase | ServerDatabase
+Vector = np.ndarray[Any, np.dtype[np.float32]]
 _T = TypeVar("_T")
 _PAGE = 1000
 _CONTEXT = "kvrag_context"
@@ -97,6 +99,27 @@ class Index:
             database.close()
             raise
 
+    @staticmethod
+    def exists(path_or_url: str | Path, collection: str = "kvrag") -> bool:
+        """Whether there is such a collection; nothing is created.
+
+        Raises:
+            CorpusError: the database cannot be opened.
+        """
+        if not str(path_or_url).startswith("http") and not Path(path_or_url).exists():
+            return False
+        database = open_database(path_or_url)
+        try:
+            with database.reading() as client:
+                client.get_collection(collection, embedding_function=None)
+        except NotFoundError:
+            return False
+        except (ChromaError, ValueError) as error:
+            raise ConfigError(f"cannot open the collection {collection!r}: {error}") from error
+        finally:
+            database.close()
+        return True
+
     @property
     def id(self) -> str:
         """The collection's own id: another one once it is deleted and made again."""
@@ -107,7 +130,8 @@ class Index:
         """The collection's name."""
         return self._name
 
-    def check_records(self, ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Metadata]) -> None:
+    @staticmethod
+    def check_records(ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Metadata]) -> None:
         """Refuse what Chroma would refuse or quietly spoil, before anything is written.
 
         Raises:
@@ -159,15 +183,18 @@ class Index:
             CorpusLocked: another process is writing.
         """
         self.begin_writing()
-        before = {record.id: record.metadata for record in self.get(ids)}
-        # Chroma merges metadata; what is not to stay has to be set to None.
-        replaced = [
-            {**dict.fromkeys(before.get(i, {})), **metadata}
-            for i, metadata in zip(ids, metadatas, strict=True)
-        ]
+        replaced = self._replacing(ids, metadatas)
         with self._writing() as collection:
             for part in self._triples(ids, texts, replaced):
                 collection.upsert(**part)
+
+    def _replacing(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> list[Metadata]:
+        """Metadata that leaves nothing of what is there: Chroma merges, so old fields have to be None."""
+        before = {record.id: record.metadata for record in self.get(ids)}
+        return [
+            {**dict.fromkeys(before.get(i, {})), **metadata}
+            for i, metadata in zip(ids, metadatas, strict=True)
+        ]
 
     def update_metadata(self, ids: Sequence[str], metadatas: Sequence[Metadata]) -> None:
         """Merge metadata into records that are there; a None removes its field.
@@ -189,6 +216,17 @@ class Index:
             for batch in self._batches(ids):
                 collection.delete(ids=batch)
 
+    def forget(self) -> bool:
+        """Overwrite what the database's file still holds of deleted and replaced texts; false if it cannot.
+
+        Takes as long as copying the file; a server's file is the server's own.
+
+        Raises:
+            CorpusLocked: another process is writing.
+        """
+        self.begin_writing()
+        return self._database.forget()
+
     def get(self, ids: Sequence[str]) -> list[Record]:
         """Those of the records that are there, in the order of `ids`."""
         found: dict[str, Record] = {}
@@ -207,6 +245,48 @@ class Index:
     def _page(self, offset: int) -> list[Record]:
         with self._reading() as collection:
             return _records(collection.get(limit=_PAGE, offset=offset))
+
+    def records_with_vectors(self) -> Iterator[tuple[Record, Vector | None]]:
+        """The same with the vectors that Chroma has of them."""
+        offset = 0
+        while True:
+            with self._reading() as collection:
+                everything = ["documents", "metadatas", "embeddings"]
+                found = collection.get(limit=_PAGE, offset=offset, include=cast(Any, everything))
+            page, vectors = _records(found), found["embeddings"]
+            if not page:
+                return
+            yield from zip(page, [None] * len(page) if vectors is None else vectors, strict=True)
+            offset += len(page)
+
+    def add_with_vectors(self, records: Sequence[Record], vectors: Sequence[Vector | None]) -> None:
+        """Add records, or replace those that are there, under these vectors; those with none are embedded.
+
+        Vectors have to be of the collection's length.
+
+        Raises:
+            CorpusLocked: another process is writing.
+        """
+        pairs = list(zip(records, vectors, strict=True))
+        bare = [record for record, vector in pairs if vector is None]
+        self.upsert([r.id for r in bare], [r.text for r in bare], [r.metadata for r in bare])
+        with self._writing() as collection:
+            for batch in self._batches([(r, v) for r, v in pairs if v is not None]):
+                ids = [record.id for record, _ in batch]
+                told = self._replacing(ids, [record.metadata for record, _ in batch])
+                collection.upsert(
+                    ids=ids,
+                    documents=[record.text for record, _ in batch],
+                    metadatas=cast(Any, [dict(m) or None for m in told]),
+                    embeddings=cast(Any, [vector for _, vector in batch]),
+                )
+
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """Name and settings of the collection's embedding, as Chroma notes them."""
+        with self._reading() as collection:
+            noted = collection.configuration_json.get("embedding_function") or {}
+        return {"name": noted.get("name"), "config": noted.get("config") or {}}
 
     def matching(self, where: Mapping[str, Any]) -> list[Record]:
         """All records that a Chroma filter on metadata lets through."""

@@ -15,7 +15,7 @@ from kvrag.index import Index, Metadata
 from kvrag.items import KEY_FIELD, Encoder, Item
 from kvrag.parts import DOCUMENT_FIELD, PART_FIELD
 from kvrag.reports import ReconcileReport, RenewReport
-from kvrag.store.base import KVStore
+from kvrag.store.base import KVStore, Receipt
 from kvrag.store.references import References
 from kvrag.store.several import put_many
 
@@ -136,12 +136,23 @@ class Lockstep:
             self._contexts.require_encoder()
             self._contexts.note()
 
-    def let_go(self, ids: Sequence[str], told: Sequence[str]) -> None:
-        """Forget what these records refer to, and delete of that, and of `told`, what nobody refers to."""
-        freed = self._references.remove(self._index.id, ids)
-        self._references.collect([*freed, *told], self._store.delete)
+    def let_go(self, ids: Sequence[str], told: Sequence[str]) -> list[Receipt]:
+        """Forget what these records refer to, and delete of that, and of `told`, what nobody refers to.
 
-    def complete(self, ids: Sequence[str], progress: Progress | None = None) -> int:
+        Returns:
+            What was erased.
+        """
+        receipts: list[Receipt] = []
+
+        def erase(key_id: str) -> Receipt:
+            receipts.append(self._store.delete(key_id))
+            return receipts[-1]
+
+        freed = self._references.remove(self._index.id, ids)
+        self._references.collect([*freed, *told], erase)
+        return [receipt for receipt in receipts if receipt.erased]
+
+    def complete(self, ids: Sequence[str], progress: Progress | None = None, *, refill: bool = True) -> int:
         """Build entries that records of the collection lack, or that they call otherwise; how many did.
 
         Those are records of an interrupted call, or of another model.
@@ -149,7 +160,9 @@ class Lockstep:
         lacking: list[str] = []
         for records in self._contexts.batches(self._index.get(list(dict.fromkeys(ids))), self.batch_size):
             items = self._contexts.items(records, [])
-            lacking += [item.id for item in items if item.relabelling or item.key not in self._store]
+            lacking += [
+                item.id for item in items if item.relabelling or (refill and item.key not in self._store)
+            ]
         self._build(lacking, progress, anew=False)
         return len(lacking)
 
@@ -239,6 +252,15 @@ class Lockstep:
         if not can_store:
             self.uncached += sum(item.key not in self._store for item in items)
         return freed, can_store
+
+    def build(self, items: Sequence[Item], *, label: bool) -> int:
+        """References, entries and, if asked for, labels of some records; how many entries were built."""
+        freed = self._references.add(self._index.id, {item.id: item.key.id for item in items})
+        built = self.encode_missing(items)
+        if label:
+            self.relabel(items)
+        self._references.collect(freed, self._store.delete)
+        return built
 
     def encode_missing(self, items: Sequence[Item]) -> int:
         """Encode and put what the store lacks; how many entries that were."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +38,45 @@ TenantOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 
 
+PathsArgument = Annotated[
+    list[Path], typer.Argument(help="Files or folders: .txt .md .pdf .jsonl", show_default=False)
+]
+NamesArgument = Annotated[
+    list[str], typer.Argument(help="Ids of chunks, sources, or files.", show_default=False)
+]
+ChunkTokensOption = Annotated[int, typer.Option("--chunk-tokens", help="Longest chunk, in tokens.", min=1)]
+ByParagraphOption = Annotated[bool, typer.Option("--by-paragraph", help="Make each paragraph a chunk.")]
+ContextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        help="Encode each chunk behind: before (the parts before it), similar:2, or alone. "
+        "before/1024: at most so many tokens [as it was; before].",
+        show_default=False,
+    ),
+]
+TtlOption = Annotated[
+    str | None,
+    typer.Option("--ttl", help="Time to live of caches: 30d, 12h, 90m; never [as before].", metavar="TIME"),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="Most bytes of all caches: 20GB, 500MB; none [as before].", metavar="SIZE"),
+]
+PinOption = Annotated[bool, typer.Option("--pin", help="Never evict the caches of these documents.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+ReceiptOption = Annotated[
+    Path | None,
+    typer.Option("--receipt", help="Write what was erased to this file, as JSON.", metavar="FILE"),
+]
+RateOption = Annotated[
+    str | None, typer.Option("--rate", help="Read no more than so much a second: 100MB.", metavar="SIZE")
+]
+
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
 def tenant_named(name: str | None) -> Tenant | None:
     """The tenant of this name, with the secret of the environment; None for no name.
 
@@ -57,6 +97,34 @@ def tenant_named(name: str | None) -> Tenant | None:
     from kvrag.store.tenants import Tenant  # noqa: PLC0415 - help texts must not wait for torch
 
     return Tenant(name, secret)
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes: 20GB is decimal, 20GiB binary, a bare number bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), flags=re.IGNORECASE)
+    num_bytes = 0
+    if found is not None:
+        power = _UNITS[found[2].upper()] if found[2] else 0
+        num_bytes = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if num_bytes <= 0:
+        raise InputError(f"{name} is {text!r}; expected a size such as 500MB, 20GB or 16GiB")
+    return num_bytes
+
+
+def parse_budget(text: str) -> int | None:
+    """Bytes, or None for `none`."""
+    return None if text.strip().lower() == "none" else parse_size(text, "budget")
+
+
+def parse_seconds(text: str) -> float | None:
+    """Seconds of a time such as 30d, or None for `never`."""
+    if text.strip().lower() == "never":
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    seconds = float(found[1]) * _SECONDS[found[2]] if found else 0.0
+    if not 0 < seconds <= 100 * 365 * _SECONDS["d"]:
+        raise InputError(f"ttl is {text!r}; expected a time such as 90m, 12h, 30d or 8w, or never")
+    return seconds
 
 
 def parse_keep(text: str | None) -> int | float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvrag.store.base import StoreStats
+from kvrag.store.base import Receipt, StoreStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,52 @@ class RenewReport:
     changed: int
     encoded: int
     removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What a deletion of documents erased, for those who have to show it.
+
+    Attributes:
+        ids: of the records that were removed.
+        collection: name of the collection that they, their texts and their vectors were removed from.
+        entries: receipts of the caches that were erased with them, in every place that had bytes of them;
+            also of caches of other documents that were encoded behind these.
+        kept: ids of caches that stay, because another document of some collection has the same text.
+        seconds: when it was complete, since 1970.
+    """
+
+    ids: tuple[str, ...]
+    collection: str
+    entries: tuple[Receipt, ...]
+    kept: tuple[str, ...]
+    seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the caches that were erased."""
+        return sum(receipt.num_bytes for receipt in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    """What `warm` did.
+
+    Attributes:
+        records: records in the collection.
+        built: caches that were built.
+        known: records whose cache was there.
+        unencodable: ids of records that this model cannot read (empty or too long).
+        num_bytes: bytes that the store has more than before.
+        is_full: it stopped because the budget is used up; more would have evicted what was just built.
+    """
+
+    records: int
+    built: int
+    known: int
+    unencodable: tuple[str, ...]
+    num_bytes: int
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 if TYPE_CHECKING:  # help texts must not wait for torch
@@ -41,6 +51,17 @@ def print_rows(header: tuple[str, str, str], rows: list[tuple[str, str, str]]) -
         out.print("  ".join(cells).rstrip(), style=None if number else "bold")
 
 
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Lines no wider than the terminal: the first column is cut at its front, the others are whole."""
+    out = stdout()
+    widths = [max(cell_len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths[0] = min(widths[0], max(12, out.width - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    for number, row in enumerate([header, *rows]):
+        first = _cut(_cut_front(row[0], widths[0]), widths[0])
+        others = (f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
+        out.print("  ".join([first, *others]), style=None if number else "bold")
+
+
 def _cut(text: str, width: int) -> str:
     cell = Text(text)
     cell.truncate(width, overflow="ellipsis", pad=True)
@@ -59,6 +80,21 @@ def print_reply(reply: Reply) -> None:
         f"{usage.prompt_tokens} prompt tokens"
     )
     _print_parts(out, _status(reply))
+
+
+def print_trace(reply: Reply) -> None:
+    """Where each document's rows came from and why from there, in the order of the prompt."""
+    out, trace = stdout(), reply.answer.trace
+    names = {source.id: source.name for source in reply.sources}
+    for one in trace.documents:
+        ahead = ", asked for ahead" if one.is_prefetched else ""
+        what = f"{one.origin}, {size(one.num_bytes)} in {one.seconds * 1e3:.1f} ms{ahead}"
+        out.print(
+            f"  {_cut_front(names.get(one.key, one.key), max(12, out.width - 4 - cell_len(what)))}: {what}"
+        )
+        out.print(f"    {one.choice.reason}")
+    if trace.full_prefill_seconds is not None:
+        out.print(f"  reading the whole prompt would take {trace.full_prefill_seconds * 1e3:.0f} ms")
 
 
 def _print_source(out: Console, source: Source, share: str) -> None:
@@ -117,12 +153,33 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
+def progress_bar(title: str) -> AbstractContextManager[Any]:
     """A bar on standard error, on terminals only; gives a function of (done, in all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return _bar(title, MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def bytes_bar(title: str) -> AbstractContextManager[Any]:
+    """The same for bytes, with their rate."""
+    return _bar(title, DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+
+
+def token_bar(title: str) -> AbstractContextManager[Any]:
+    """The same for tokens, with their rate."""
+    return _bar(title, MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+
+
+class _Rate(ProgressColumn):
+    """Tokens a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} tokens/s" if task.speed else "")
+
+
+@contextmanager
+def _bar(title: str, *columns: ProgressColumn) -> Iterator[Any]:
+    shown = (TextColumn("{task.description}"), BarColumn(bar_width=20), *columns)
     console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -134,3 +191,11 @@ def size(num_bytes: float) -> str:
             break
         num_bytes /= 1024
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -440,7 +440,7 @@ def test_a_store_that_cannot_be_written(
 
     telling = keys_telling(corpus, PARTS[0])
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("kvrag.store.folder.write_partial", full)
+        patch.setattr("kvrag.store.folder.write_partials", full)
         corpus.update(["a"], texts=["uno"])
     assert len([record for record in caplog.records if record.name == "kvrag.lockstep"]) == 1
     assert not telling & set(corpus._store.ids())

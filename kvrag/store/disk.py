@@ -73,6 +73,7 @@ class DiskStore:
             as its first entry was; without its key it can be listed, verified and deleted from.
         direct: read whole entries past the page cache into memory of the process, where the file system can
             (`kvrag.store.direct` says when that pays); `keep_bytes` is memory then.
+        ttl_seconds: time to live of entries that are put without one of their own; None: no end.
         wall_clock: seconds since 1970, for times to live (`kvrag.store.clock` says what happens if it jumps).
 
     Raises:
@@ -92,12 +93,15 @@ class DiskStore:
         compress: Literal["zstd"] | None = None,
         key: bytes | None = None,
         direct: bool = False,
+        ttl_seconds: float | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         if verify not in ("load", "never"):
             raise ConfigError(f"verify={verify!r}: expected 'load' or 'never'")
         eviction_named(eviction)  # refuses unknown names
+        check_times(0.0, ttl_seconds)
         self.path = Path(path)
+        self._ttl_seconds = ttl_seconds
         self._limits = Limits(budget_bytes, dict(quotas or {}))
         self._clock = StoreClock(wall_clock)
         self._folder = EntryFolder(self.path, Filters(compress, key))
@@ -108,6 +112,11 @@ class DiskStore:
         self._loader = Loader(*around, self._counts, verify=verify, keep_bytes=keep_bytes, direct=direct)
         self._writer = Writer(*around, self._limits, self._hits, self._loader, self._counts)
         self._upkeep = Upkeep(*around, self._limits, self._writer.evict, self._loader.set_aside)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its entries are, or will be once there are some."""
+        return self._folder.filters.look_at(self.path)
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows: as views of its mapped file, or decoded where a codec wrote them.
@@ -173,6 +182,7 @@ class DiskStore:
             ConfigError: the rows are not of their key, or a time is none; nothing was written.
             StoreWriteError: some were not written; the message says what to do.
         """
+        ttl_seconds = self._ttl_seconds if ttl_seconds is None else ttl_seconds
         costs = costs_of(entries, cost_seconds)
         for (key, kv), cost in zip(entries, costs, strict=True):
             check_times(cost, ttl_seconds)
@@ -222,6 +232,19 @@ class DiskStore:
                 other._ledger.settle([key_id])
         return has_moved
 
+    def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
+        """Give an entry another time to live, from now on; None: no end. False if there is none.
+
+        Raises:
+            ConfigError: the time is none.
+            StoreWriteError: the folder cannot be written.
+        """
+        check_times(0.0, ttl_seconds)
+        if key_id not in self:
+            return False
+        with self._writing():
+            return self._writer.expire(key_id, ttl_seconds)
+
     def delete(self, key_id: str) -> Receipt:
         """Remove the entry, its bytes, its pin, and what quarantine or an interrupted write has of it.
 
@@ -243,7 +266,7 @@ class DiskStore:
         try:
             raw = self._folder.files(key_id)[0].read_bytes()
             return _NO_EXPIRY in raw or not self._loader.is_over(layout.parse_manifest(raw))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):  # the latter: the store's path is a file
             return False
         except (OSError, Damaged):
             return True  # there is an entry; `get` says what it is worth
@@ -307,32 +330,51 @@ class DiskStore:
             expired=counts["expired"],
         )
 
-    def sweep(self, *, grace_seconds: float = 3600.0) -> SweepReport:
+    def sweep(self, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> SweepReport:
         """Remove what expired, what crashes left, and what is beyond the budget; mend the index.
 
         Args:
+            dry_run: change nothing, and say what would be removed.
             grace_seconds: where nobody can tell whether a partial file is being written (Windows, or while
                 others write), how old it has to be.
 
         Raises:
             StoreWriteError: the folder is read-only, or a file cannot be removed.
         """
+        if dry_run:
+            return self._upkeep.preview(grace_seconds)
         self._hits.flush()
         with self._writing():
             return self._upkeep.sweep(grace_seconds)
 
-    def check(self, *, fix: bool = False, grace_seconds: float = 3600.0) -> CheckReport:
+    def empty_quarantine(self, older_than_seconds: float, *, dry_run: bool = False) -> tuple[list[str], int]:
+        """Remove damaged entries that were set aside longer ago than this; names of the files, and bytes.
+
+        Raises:
+            StoreWriteError: the folder is read-only.
+        """
+        with self._writing():
+            return self._upkeep.empty_quarantine(older_than_seconds, dry_run=dry_run)
+
+    def check(
+        self,
+        *,
+        fix: bool = False,
+        grace_seconds: float = 3600.0,
+        progress: Callable[[int], None] | None = None,
+    ) -> CheckReport:
         """Verify every byte of every entry, find files that belong to none, and compare the index.
 
         Args:
             fix: move damaged entries to `quarantine/`, remove orphans, mend the index.
             grace_seconds: as for `sweep`.
+            progress: told the bytes of each entry once they are verified; may take its time.
 
         Raises:
             StoreWriteError: it cannot be mended, the folder is read-only.
         """
         with self._writing():
-            return self._upkeep.check(fix=fix, grace_seconds=grace_seconds)
+            return self._upkeep.check(fix=fix, grace_seconds=grace_seconds, progress=progress)
 
     def counts(self) -> dict[str, int]:
         """What has happened since this was opened; see `Counting`."""

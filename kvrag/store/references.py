@@ -92,6 +92,13 @@ class References:
                 dict(db.execute("SELECT record_id, key_id FROM refs WHERE owner = ?", (owner,))) if db else {}
             )
 
+    def named(self, owner: str, record_ids: Iterable[str]) -> dict[str, str]:
+        """The same for some records of one owner."""
+        query = "SELECT key_id FROM refs WHERE owner = ? AND record_id = ?"
+        with self._reading() as db:
+            rows = [(r, db.execute(query, (owner, r)).fetchone()) for r in record_ids] if db else []
+        return {record: row[0] for record, row in rows if row is not None}
+
     def count(self, key_id: str) -> int:
         """How many records of all owners refer to the key."""
         with self._reading() as db:

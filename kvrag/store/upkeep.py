@@ -85,14 +85,51 @@ class Upkeep:
             num_bytes=num_bytes + expired_bytes + quarantined_bytes + sum(v.num_bytes for v in evicted),
         )
 
-    def check(self, *, fix: bool, grace_seconds: float) -> CheckReport:
+    def preview(self, grace_seconds: float) -> SweepReport:
+        """What `sweep` would remove now; what it would only mend in the index is left out."""
+        files = [
+            file
+            for prefix in self._prefixes()
+            for file in self._orphans(prefix, self._folder.names(prefix), grace_seconds)
+        ]
+        now = self._clock.now()
+        expired = [key_id for key_id in self._expired(now) if self._is_expired(key_id, now)]
+        evicted = self._ledger.ask(lambda index: self._limits.surplus(index, now)) or []
+        num_bytes = sum(file.stat().st_size for file in files) + sum(map(self._folder.size, expired))
+        return SweepReport(
+            expired=tuple(expired),
+            orphans=tuple(map(self._name, files)),
+            evicted=tuple(victim.id for victim in evicted),
+            num_bytes=num_bytes + sum(victim.num_bytes for victim in evicted),
+        )
+
+    def empty_quarantine(self, older_than_seconds: float, *, dry_run: bool) -> tuple[list[str], int]:
+        """Remove files that were set aside longer ago, by the time in their names; or only name them.
+
+        Raises:
+            OSError: the folder is read-only.
+        """
+        folder = self._folder.path / "quarantine"
+        if not folder.is_dir():
+            return [], 0
+        before = (self._clock.now() - older_than_seconds) * 1e9
+        old = [file for file in sorted(folder.iterdir()) if _set_aside_at(file) <= before]
+        sizes = [file.stat().st_size for file in old]
+        if not dry_run and old:
+            with self._ledger.locked():
+                sizes = [size for _, size in self._remove(old)]
+        return [self._name(file) for file in old], sum(sizes)
+
+    def check(
+        self, *, fix: bool, grace_seconds: float, progress: Callable[[int], None] | None = None
+    ) -> CheckReport:
         """Verify every byte of every entry, find files that belong to none, and compare the index."""
         damaged: list[str] = []
         orphans: list[str] = []
         wrong: list[str] = []
         for prefix in self._prefixes():
             listing = self._folder.names(prefix)
-            damaged += self._check_entries(listing, fix=fix)
+            damaged += self._check_entries(listing, progress, fix=fix)
             files = self._orphans(prefix, listing, grace_seconds)
             orphans += map(self._name, files)
             if fix and files:
@@ -117,7 +154,9 @@ class Upkeep:
         layout.verify(data, manifest)
         layout.prove_name(data, manifest, key_id, self._folder.filters)
 
-    def _check_entries(self, listing: Listing, *, fix: bool) -> list[str]:
+    def _check_entries(
+        self, listing: Listing, progress: Callable[[int], None] | None, *, fix: bool
+    ) -> list[str]:
         damaged = []
         for key_id in sorted(listing.entries):
             signature = self._folder.signature(key_id)
@@ -131,6 +170,8 @@ class Upkeep:
                 damaged.append(key_id)
                 if fix:
                     self._set_aside(key_id, str(damage), signature)
+            if progress is not None:
+                progress(sum(size for _, size, _ in signature))
         return damaged
 
     def _check_index(self, prefix: str, listing: Listing, damaged: set[str], *, fix: bool) -> list[str]:
@@ -196,11 +237,7 @@ class Upkeep:
 
     def _remove_expired(self) -> tuple[list[str], int]:
         now = self._clock.now()
-        candidates = self._ledger.ask(lambda index: index.expired(now))
-        if candidates is None:  # there is no index
-            candidates = [
-                i.id for i in self._ledger.described() if i.expires is not None and i.expires <= now
-            ]
+        candidates = self._expired(now)
         if not candidates:
             return [], 0
         expired, num_bytes = [], 0
@@ -211,6 +248,13 @@ class Upkeep:
                     remove(self._folder.pin_file(key_id))
                     num_bytes += self._folder.erase(key_id)
         return expired, num_bytes
+
+    def _expired(self, now: float) -> list[str]:
+        """Ids whose time to live is over, as far as the index knows."""
+        found = self._ledger.ask(lambda index: index.expired(now))
+        if found is not None:
+            return found
+        return [i.id for i in self._ledger.described() if i.expires is not None and i.expires <= now]
 
     def _is_expired(self, key_id: str, now: float) -> bool:
         """Whether the files say so, too: it may have been put again since."""
@@ -239,3 +283,11 @@ class Upkeep:
 
     def _name(self, file: Path) -> str:
         return str(file.relative_to(self._folder.path))
+
+
+def _set_aside_at(file: Path) -> float:
+    """When a file was moved to quarantine, in nanoseconds since 1970; 0 if its name does not say."""
+    try:
+        return float(file.name.split(".")[1])
+    except (IndexError, ValueError):
+        return 0.0

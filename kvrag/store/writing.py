@@ -101,6 +101,18 @@ class Writer:
             self._commit({key_id: manifest}, commit)
         return True
 
+    def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
+        """Give an entry another end; false if there is none."""
+        with self._ledger.locked():
+            try:
+                before, now = self._folder.manifest(key_id), self._clock.now()
+            except Damaged:
+                return False  # deleted since, or not worth it
+            manifest = replace(before, created=now, expires=_end(now, ttl_seconds))
+            with self._ledger.changing([key_id], {key_id: manifest}):
+                self._folder.rewrite(key_id, manifest)
+        return True
+
     def pin(self, key_id: str, pinned: bool) -> bool:
         """Pin an entry or let go of it; false if there is none."""
         with self._ledger.locked():

@@ -145,7 +145,7 @@ def test_rows_that_cannot_be_read_take_no_room() -> None:
     tier = MemoryTier(SIZE)
     sizes = [layer.num_bytes for layer in ROWS.layers]
     with pytest.raises(CacheMiss, match="damaged"):
-        tier.put(key_of(1), KV((0, 1), MappedLayers(2, sizes, damaged, lambda: None)))
+        tier.put(key_of(1), KV((0, 1), MappedLayers(2, sizes, damaged, lambda: None, lambda _: None)))
     put(tier, 1)
     assert tier.stats().num_bytes == SIZE
 

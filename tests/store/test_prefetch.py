@@ -53,7 +53,7 @@ class SlowStore(MemoryStore):
             return kv.layers[layer]
 
         sizes = [layer.num_bytes for layer in kv.layers]
-        return KV(key.tokens, MappedLayers(2, sizes, touch, lambda: None))
+        return KV(key.tokens, MappedLayers(2, sizes, touch, lambda: None, lambda _: None))
 
 
 @pytest.fixture

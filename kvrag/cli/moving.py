@@ -1,0 +1,145 @@
+"""kvrag export, import, keygen: a collection as one file, and who vouches for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvrag.cli.opening import load_engine, open_home
+from kvrag.options import (
+    ChromaOption,
+    CollectionOption,
+    DeviceOption,
+    DtypeOption,
+    HomeOption,
+    JsonOption,
+    TenantOption,
+)
+from kvrag.terminal import bytes_bar, print_json, progress_bar, size, stderr, stdout
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    sign: Annotated[
+        Path | None, typer.Option("--sign", help="Sign it with this private key.", metavar="KEYFILE")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    folder: HomeOption = None,
+    chroma: ChromaOption = None,
+    collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the collection into one file: documents, vectors, settings, and caches as they lie.
+
+    The file is as private as the documents. On another machine its caches are used by the same model in the
+    same dtype only.
+
+    Example: kvrag export notes.kvrag --sign mykey
+    """
+    from kvrag.portable import export_collection, private_key  # noqa: PLC0415 - help must not wait for torch
+
+    place = open_home(folder, chroma, collection, tenant)
+    key = None if sign is None else private_key(sign)
+    with progress_bar("exporting") as progress:
+        report = export_collection(place, file, key=key, replace=force, progress=progress)
+    if as_json:
+        print_json(asdict(report))
+        return
+    stdout().print(f"{report.records} chunks, {report.entries} caches, {size(report.num_bytes)} in {file}")
+    if report.signer is not None:
+        stdout().print(f"signed by {report.signer}")
+    if report.uncached:
+        stderr().print(f"note: {report.uncached} chunks have no cache, and are exported without")
+
+
+def import_file(
+    file: Annotated[Path, typer.Argument(help="A file that kvrag export wrote.", show_default=False)],
+    trust: Annotated[
+        list[str] | None,
+        typer.Option("--trust", help="Accept what this public key signed.", metavar="PUBLICKEY"),
+    ] = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Accept a file that nobody signed.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the file's text where ids are the same.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Say which caches this model can use here.", metavar="MODEL"),
+    ] = None,
+    usable_only: Annotated[
+        bool, typer.Option("--usable-only", help="Leave out caches that --model cannot use.")
+    ] = False,
+    folder: HomeOption = None,
+    chroma: ChromaOption = None,
+    collection: CollectionOption = "kvrag",
+    tenant: TenantOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a file's documents and caches into the collection.
+
+    Everything is proven before anything is changed; done twice, it changes nothing. Caches say what a model
+    reads in documents: take them from whom you trust.
+
+    Example: kvrag import notes.kvrag --trust alice.pub
+    """
+    from kvrag.errors import InputError  # noqa: PLC0415
+    from kvrag.portable import import_collection, public_key  # noqa: PLC0415
+
+    if usable_only and model is None:
+        raise InputError("--usable-only needs to know for which model; add --model")
+    keys = [public_key(text) for text in trust or []]
+    place = open_home(folder, chroma, collection, tenant)
+    usable_by = None
+    if model is not None:
+        with load_engine(place, model, device, dtype) as engine:
+            usable_by = engine.model.fingerprint()
+    with bytes_bar("proving") as progress:
+        report = import_collection(
+            place,
+            file,
+            trust=keys,
+            allow_unsigned=allow_unsigned,
+            replace=replace,
+            usable_by=usable_by,
+            usable_only=usable_only,
+            progress=progress,
+        )
+    if as_json:
+        print_json(asdict(report))
+        return
+    out = stdout()
+    changed = f", {report.replaced} replaced" if report.replaced else ""
+    out.print(f"{report.records} chunks: {report.added} added{changed}; {report.entries} caches added")
+    for kind, count in sorted(report.made_by.items()):
+        digest, _, element = kind.partition(" ")
+        out.print(f"{count} caches of model {digest}, {element}; {report.model} was used last")
+    if report.unusable:
+        stderr().print(f"note: {model} cannot use {report.unusable} of them here (other weights or dtype)")
+    if report.skipped:
+        stderr().print(f"note: {report.skipped} caches were left out: nothing here can use them")
+
+
+def keygen(
+    file: Annotated[Path, typer.Argument(help="The private key's file.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a pair of keys: FILE signs exports and stays with you, FILE.pub is for those who import them.
+
+    Example: kvrag keygen mykey
+    """
+    from kvrag.portable import make_keys  # noqa: PLC0415
+
+    public, line = make_keys(file)
+    if as_json:
+        print_json({"private_key": str(file), "public_key_file": str(public), "public_key": line})
+        return
+    stdout().print(f"{file} signs exports: keep it to yourself")
+    stdout().print(f"{public} is for others: {line}")

@@ -1,0 +1,78 @@
+"""Opens what commands work on: the folder, and the model. Help texts must not wait for torch and chromadb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvrag.config import home
+from kvrag.errors import InputError
+from kvrag.options import parse_budget, parse_seconds, tenant_named
+from kvrag.terminal import stderr
+
+
+def open_home(folder: Path | None, chroma: str | None, collection: str, tenant: str | None = None) -> Any:
+    """The `Home` of a command's options."""
+    from kvrag.home import Home  # noqa: PLC0415 - help texts must not wait for torch and chromadb
+
+    return Home(folder or home(), chroma=chroma, collection=collection, tenant=tenant_named(tenant))
+
+
+def load_engine(
+    place: Any, model: str | None, device: str | None, dtype: str, *, codec: str | None = None
+) -> Any:
+    """An engine with the folder's store; the folder's model and codec unless others are given."""
+    from kvrag.engine import Engine  # noqa: PLC0415
+    from kvrag.model import quiet  # noqa: PLC0415
+
+    quiet()
+    name = model or place.model()
+    with stderr().status(f"loading {name}"):
+        return Engine.from_pretrained(
+            name,
+            store=place.store(),
+            device=device,
+            dtype=dtype,
+            codec=codec or place.codec(),
+            tenant=place.tenant,
+        )
+
+
+def remember(place: Any, *, ttl: str | None = None, budget: str | None = None) -> None:
+    """Note what was chosen for all later commands, too."""
+    if ttl is not None:
+        place.change(ttl_seconds=parse_seconds(ttl))
+    if budget is not None:
+        place.change(budget_bytes=parse_budget(budget))
+
+
+def warn_of_reader(engine: Any, place: Any) -> None:
+    """Say what the shipped model is, the first time that a folder's documents are read by it."""
+    from kvrag.model import READER  # noqa: PLC0415
+
+    if engine.model.name == READER and not (place.exists() and READER in place.settings().forms):
+        stderr().print(
+            "note: kvrag/reader is a tiny model that only knows the made-up world of `kvrag demo`; "
+            "name a real one for documents of your own, e.g. --model Qwen/Qwen2.5-7B-Instruct"
+        )
+
+
+def chosen_ids(corpus: Any, names: list[str]) -> list[str]:
+    """Ids of the chunks that these names mean: ids, sources, or files.
+
+    Raises:
+        InputError: a name that nothing has.
+    """
+    from kvrag.home import file_of  # noqa: PLC0415
+
+    sources = {r.id: str(r.metadata.get("source", "")) for r in corpus.documents()}
+    called = {i: {i, source, file_of(source)} for i, source in sources.items()}
+    if unknown := sorted(set(names) - set().union(*called.values())):
+        raise InputError(f"nothing is called {', '.join(unknown)}; kvrag ls shows ids and sources")
+    return [i for i, names_of_it in called.items() if names_of_it & set(names)]
+
+
+def pin_entries(corpus: Any, store: Any, ids: list[str], *, pinned: bool = True) -> list[str]:
+    """Pin the caches of these chunks, or let go of them; ids of chunks that have none."""
+    entries = corpus.entries_of(ids)
+    return [i for i in ids if i not in entries or not store.pin(entries[i], pinned)]
