@@ -152,10 +152,8 @@ class Caches:
         rows = self.encode(prefix, [tokens for _, tokens in missing], [context for context, _ in missing])
         shares = self._count_encoded(prefix, missing, time.perf_counter() - start)
         for pair, kv, seconds in zip(missing, rows, shares, strict=True):
-            choice = wanted.choices[pair]
-            if not choice.recompute or (
-                pair in wanted.presumed and not self.chooser.is_there(wanted.keys[pair])
-            ):
+            choice = self.chooser.settled(wanted, pair)
+            if not choice.recompute:
                 self._put(wanted.keys[pair], kv, seconds)
             found[pair] = Loaded(self._as_kept(kv), False, None, choice, seconds)
         return [found[pair] for pair in pairs]

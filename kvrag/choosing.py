@@ -110,7 +110,18 @@ class Chooser:
         runs, _ = runs_of([text for _, text in pairs], [context for context, _ in pairs])
         return sum(speed.seconds(len(prefix), len(run.tokens)) for run in runs)
 
-    def is_there(self, key: EntryKey) -> bool:
+    def settled(self, wanted: Wanted, pair: Pair) -> Choice:
+        """The choice for a text that was read, once it is certain whether the store has it; counted then."""
+        choice = wanted.choices[pair]
+        if pair not in wanted.presumed:
+            return choice
+        if not self._is_there(wanted.keys[pair]):
+            self._metrics.add("misses")
+            return _ABSENT
+        self._metrics.decided("recompute")
+        return choice
+
+    def _is_there(self, key: EntryKey) -> bool:
         """Whether the store has an entry, asked once."""
         assert self._store is not None
         if key.id not in self._seen:

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from kvrag.answer import Answer, DocumentUse, Timing, Usage
 from kvrag.attention import Looking
-from kvrag.caches import Caches, Loaded, Tokens
+from kvrag.caches import Caches, Loaded
+from kvrag.choosing import Tokens
 from kvrag.citations import Attention, Span
 from kvrag.compose import compose
 from kvrag.config import Sampling

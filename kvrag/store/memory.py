@@ -15,7 +15,7 @@ from kvrag.errors import CacheMiss, ConfigError, StoreWriteError
 from kvrag.segments import KV, LayerKV
 from kvrag.store.base import CheckReport, EntryInfo, Receipt, StoreStats, check_rows, check_times
 from kvrag.store.eviction import eviction_named
-from kvrag.store.found import Place
+from kvrag.store.found import Found, Place, at_hand
 from kvrag.store.held import Held, HeldEntries
 from kvrag.store.key import EntryKey
 
@@ -43,6 +43,10 @@ class MemoryStore:
                 raise CacheMiss(f"no entry {key.id[:12]} in memory")
             self._hits += 1
             return kv
+
+    def find(self, key: EntryKey, *, by_layer: bool = False) -> Found:
+        """The same as `get`: nothing has to be read; see `Finds`."""
+        return at_hand(self.get(key), self.name)
 
     def locate(self, key: EntryKey) -> Place | None:
         """Where the entry is; see `Locates`."""
@@ -157,6 +161,10 @@ class MemoryTier:
             self._counts["hits"] += 1
             self._held.use(key.id, is_hit=True)
             return held.kv
+
+    def find(self, key: EntryKey, *, by_layer: bool = False) -> Found:
+        """The same as `get`: nothing has to be read; see `Finds`."""
+        return at_hand(self.get(key), self.name)
 
     def locate(self, key: EntryKey) -> Place | None:
         """Where the entry is; see `Locates`."""
