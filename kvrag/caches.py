@@ -115,6 +115,15 @@ class Caches:
         """The same, not remembered: may be called from any thread."""
         return self.model.fingerprint(prefix, codec=self.codec.name, tenant=self.tenant)
 
+    def use_codec(self, name: str) -> None:
+        """Write rows by another codec from now on.
+
+        Raises:
+            ConfigError: no codec has this name.
+        """
+        self.codec = codec_named(name)
+        self._fingerprints.clear()
+
     def prefix(self, tokens: Tokens) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""
         if not tokens:

@@ -309,6 +309,17 @@ class Engine:
             self._caches.prefetch_entries(keys, num_layers),
         )
 
+    def use_codec(self, name: str) -> None:
+        """Write rows by another codec from now on; entries by the one before are not found any more.
+
+        `kvrag.doctor.fit_codec` chooses one by what it loses. Encoders made before keep the old one's names.
+
+        Raises:
+            ConfigError: no codec has this name.
+        """
+        self.call(lambda: self._caches.use_codec(name))
+        self.codec = name
+
     def measure(self) -> CostTable:
         """Find out how fast disk, link and model are here, and keep it beside the store; see `CostTable`."""
         return self.call(self._caches.speeds.measure)

@@ -201,7 +201,7 @@ def prefill_speed(model: Model) -> PrefillSpeed:
 
 
 def _reading_seconds(model: Model, num_tokens: int) -> float:
-    vocabulary = int(model.network.get_input_embeddings().weight.shape[0])
+    vocabulary = int(model.network.config.get_text_config(decoder=True).vocab_size)
     run = Run(tuple(i % vocabulary for i in range(num_tokens)), ((0, num_tokens),))
     _wait(model.device)
     start = time.perf_counter()

@@ -46,6 +46,21 @@ def remember(place: Any, *, ttl: str | None = None, budget: str | None = None) -
         place.change(budget_bytes=parse_budget(budget))
 
 
+def fit_codec(engine: Any, place: Any, texts: list[str], chunk_tokens: int, max_kl: float) -> None:
+    """Choose the engine's codec by what it loses on these documents, and say which it is."""
+    from kvrag import doctor  # noqa: PLC0415
+    from kvrag.documents import split  # noqa: PLC0415
+
+    tokenize, most = engine.model.text.tokenize, max(1, min(chunk_tokens, engine.model.max_length // 8))
+    chunks = [chunk for text in texts for chunk in split(text, tokenize, most)]
+    with stderr().status("comparing codecs"):
+        fit = doctor.fit_codec(engine, chunks, max_kl=max_kl, form=place.form(engine))
+    loss = next((score.kl for score in fit.scores if score.name == fit.codec), 0.0)
+    stderr().print(
+        f"codec {fit.codec}: loses {loss:.2g} nats of at most {max_kl:g}, on {fit.questions} prompts"
+    )
+
+
 def warn_of_reader(engine: Any, place: Any) -> None:
     """Say what the shipped model is, the first time that a folder's documents are read by it."""
     from kvrag.model import READER  # noqa: PLC0415

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvrag.cli.opening import load_engine, open_home, pin_entries, remember, warn_of_reader
+from kvrag.cli.opening import fit_codec, load_engine, open_home, pin_entries, remember, warn_of_reader
 from kvrag.config import Context
 from kvrag.errors import InputError
 from kvrag.options import (
@@ -47,6 +47,12 @@ def ingest(
     codec: Annotated[
         str | None, typer.Option(help="How caches are written: raw, fp8, int8 or int4 [as before; raw].")
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Take the smallest codec that loses at most so many nats on these documents.", min=0.0
+        ),
+    ] = None,
     ttl: TtlOption = None,
     budget: BudgetOption = None,
     pin: PinOption = False,
@@ -62,12 +68,16 @@ def ingest(
     from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
+    if codec is not None and max_kl is not None:
+        raise InputError("--codec names the codec and --max-kl chooses one; give one of them")
     chosen = None if context is None else Context.parse(context)
     place = open_home(folder, chroma, collection, tenant)
     remember(place, ttl=ttl, budget=budget)
     texts = list(files.load(paths))
     with load_engine(place, model, device, dtype, codec=codec) as engine:
         warn_of_reader(engine, place)
+        if max_kl is not None:
+            fit_codec(engine, place, [document.text for document in texts], chunk_tokens, max_kl)
         with progress_bar("reading") as progress:
             report = homes.ingest(
                 place,
@@ -92,6 +102,7 @@ def ingest(
         "cache_bytes": stats.num_bytes,
         "evicted": stats.evictions,
         "model": engine.model.name,
+        "codec": engine.codec,
     }
     if as_json:
         print_json(result)

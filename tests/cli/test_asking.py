@@ -94,3 +94,14 @@ def test_long_names_keep_their_end(run: Run, model: Path, tmp_path: Path) -> Non
     out = run("ask", "Who?", "--max-new-tokens", "2").out
     assert re.search(r"….*/file\.txt  \(\d+ tokens, cached\)", out)
     assert all(cell_len(line) <= 80 for line in out.rpartition("\n\n")[2].splitlines())
+
+
+def test_the_trace_says_where_rows_came_from(ingested: Run) -> None:
+    done = ingested("ask", "Who?", "--max-new-tokens", "2", "--trace")
+    assert done.status == 0
+    lines = done.out.rpartition("\n\n")[2].splitlines()
+    assert len([line for line in lines if re.search(r": disk, [\d.]+ KiB in [\d.]+ ms", line)]) == 2
+    assert sum("speeds are not known yet" in line or "rows are in memory" in line for line in lines) == 2
+    found = ingested("ask", "Who?", "--max-new-tokens", "2", "--json").object
+    assert [one["origin"] for one in found["trace"]["documents"]] == ["disk", "disk"]
+    assert ingested("stats", "--json").object["loads"] == 4

@@ -158,3 +158,22 @@ def test_a_wide_collection_fits_a_narrow_terminal(run: Run, model: Path, tmp_pat
     assert all(cell_len(line) <= 80 for line in done.out.splitlines())
     assert record["id"] in done.out
     assert done.out.splitlines()[1].endswith("…")
+
+
+def test_a_codec_is_chosen_by_what_it_loses_and_remembered(run: Run, notes: Path, model: Path) -> None:
+    done = run("ingest", "notes", "--model", model, "--max-kl", "1000", "--json")
+    assert done.status == 0
+    codec = done.object["codec"]
+    assert codec != "raw"
+    assert f"codec {codec}: loses" in done.err
+    assert run("ingest", "notes", "--json").object == {**done.object, "added": 0, "unchanged": 2}
+    exact = run("ingest", "notes", "--max-kl", "0", "--json").object
+    assert exact["codec"] == "raw"
+    assert exact["cache_bytes"] > done.object["cache_bytes"]
+
+
+def test_a_codec_cannot_be_both_named_and_chosen(
+    run: Run, notes: Path, model: Path, assert_refused: Callable[[Any, str], None]
+) -> None:
+    done = run("ingest", "notes", "--model", model, "--max-kl", "1", "--codec", "int8")
+    assert_refused(done, "give one of them")
