@@ -210,19 +210,21 @@ class Caches:
 
     def settle(self, loaded: Sequence[Loaded]) -> None:
         """Count what loading the documents of an answer took, now that nothing more is read of them."""
-        taken: dict[str, list[tuple[int, float]]] = {}
+        taken: dict[str, list[Found]] = {}
         for one in {id(one): one for one in loaded}.values():
             if one.found is None:
                 continue
             found = one.found
             self.metrics.loaded(found.tier, found.num_bytes, found.seconds_spent)
             if not found.is_prefetched and found.num_bytes:
-                taken.setdefault(found.tier, []).append((found.num_bytes, found.seconds_spent))
+                taken.setdefault(found.tier, []).append(found)
         share = self._stored_share(loaded[0].kv) if taken else 1.0
         for tier, some in taken.items():
-            # Opened side by side, so what one of them waited, the others waited, too.
-            num_bytes, seconds = sum(size for size, _ in some), max(seconds for _, seconds in some)
-            self.speeds.note_load(tier, int(num_bytes * share), len(some), seconds)
+            # They were opened side by side, and their layers touched one after the other.
+            opening = max(found.seconds for found in some)
+            touching = sum(found.seconds_spent - found.seconds for found in some)
+            num_bytes = int(share * sum(found.num_bytes for found in some))
+            self.speeds.note_load(tier, num_bytes, len(some), opening + touching)
 
     def close(self) -> None:
         """Keep what was learned of speeds, stop reading ahead, and close the store."""

@@ -18,6 +18,7 @@ from kvrag.segments import KV, LayerKV
 from kvrag.store import layout
 from kvrag.store.base import KVStore
 from kvrag.store.folder import EntryFolder
+from kvrag.store.found import find, locate
 from kvrag.store.key import EntryKey, Fingerprint
 
 FILLED_SHAPES = ((1, 4, 4),)
@@ -111,6 +112,25 @@ class KVStoreContract(ABC):
         assert first.num_bytes_touched == first.num_bytes
         assert_same_rows(store.get(key), kv)
         assert_same_rows(store.get(key, by_layer=True), kv)
+
+    def test_where_an_entry_lies(self, store: KVStore) -> None:
+        """Before, between and after `put` and `delete`; asking loads nothing."""
+        key = EntryKey(example_fingerprint(), (1, 2))
+        for _ in range(2):
+            place = locate(store, key)
+            assert place is None or not place.is_certain
+            hits = store.stats().hits
+            store.put(key, example_rows(key.tokens))
+            place = locate(store, key)
+            assert place is not None
+            assert store.stats().hits == hits
+            found = find(store, key)
+            assert_same_rows(found.kv, example_rows(key.tokens))
+            assert found.tier
+            assert found.seconds > 0
+            assert store.delete(key.id)
+        with pytest.raises(CacheMiss):
+            find(store, key)
 
     def test_get_by_layer_may_miss_at_once(self, store: KVStore) -> None:
         """What is not there is a miss now, not when a layer is touched."""

@@ -104,4 +104,7 @@ def test_the_trace_says_where_rows_came_from(ingested: Run) -> None:
     assert sum("speeds are not known yet" in line or "rows are in memory" in line for line in lines) == 2
     found = ingested("ask", "Who?", "--max-new-tokens", "2", "--json").object
     assert [one["origin"] for one in found["trace"]["documents"]] == ["disk", "disk"]
-    assert ingested("stats", "--json").object["loads"] == 4
+    stats = ingested("stats", "--json").object
+    assert stats["loads"] == 4
+    assert stats["saved_seconds"] > 0  # encoding was measured while documents were ingested
+    assert "loaded 4 times" in ingested("stats").out

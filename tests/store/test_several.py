@@ -11,7 +11,7 @@ from kvrag.store import writing
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
-from kvrag.store.memory import MemoryStore
+from kvrag.store.memory import MemoryStore, MemoryTier
 from kvrag.store.several import get_many, put_many
 from kvrag.testing.stores import assert_same_rows, example_fingerprint, example_rows
 
@@ -138,3 +138,13 @@ def test_one_write_may_be_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert store.check().ok
     for key, kv in entries(1, 2):
         assert_same_rows(store.get(key), kv)
+
+
+def test_each_entry_has_its_own_cost(tmp_path: Path) -> None:
+    for store in (DiskStore(tmp_path / "store"), MemoryTier(1 << 20)):
+        put_many(store, entries(1, 2), cost_seconds=[0.5, 2.0])
+        assert sorted(info.cost_seconds for info in store.entries()) == [0.5, 2.0]
+        put_many(store, entries(3), cost_seconds=1.0)
+        with pytest.raises(ConfigError, match="1 numbers for 2 entries"):
+            put_many(store, entries(4, 5), cost_seconds=[1.0])
+        assert len(list(store.ids())) == 3
