@@ -243,6 +243,7 @@ class Caches:
         for pair, key in wanted.keys.items():
             if key.id in kept:
                 self.chooser.see(key)
+                self.metrics.decided("load")
                 one = kept[key.id]
                 found[pair] = Loaded(one.kv.to(self.model.device), True, one, wanted.choices[pair])
         return found

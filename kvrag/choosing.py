@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvrag.costs import Recompute, choose, forced
+from kvrag.costs import NO_SPEEDS, Recompute, choose, clearly_loaded, forced
 from kvrag.metrics import Metrics
 from kvrag.prefill import Run
 from kvrag.speeds import Speeds
 from kvrag.store.base import KVStore
-from kvrag.store.found import Place, locate
+from kvrag.store.found import Place, locate, tiers_of
 from kvrag.store.key import EntryKey
 from kvrag.trace import Choice
 
@@ -61,16 +61,31 @@ class Chooser:
         """What an answer wants, and how it is to get it; on the thread that owns the model."""
         if self._store is None:
             return Wanted(keys, dict.fromkeys(keys, NO_STORE))
+        for_all = self._for_all(keys)
+        if for_all is not None:
+            return Wanted(keys, dict.fromkeys(keys, for_all))
         choices, places = self.chosen(prefix, keys, may_measure=True)
-        for choice, place in zip(choices, places, strict=True):
-            if place is not None and (place.is_certain or not choice.recompute):
-                self._metrics.decided("recompute" if choice.recompute else "load")
         presumed = {
             pair
             for pair, choice, place in zip(keys, choices, places, strict=True)
             if choice.recompute and not (place is not None and place.is_certain)
         }
         return Wanted(keys, dict(zip(keys, choices, strict=True)), frozenset(presumed))
+
+    def _for_all(self, keys: Mapping[Pair, EntryKey]) -> Choice | None:
+        """The choice for all, if none has to be looked for to know it."""
+        if self._recompute == "never":
+            return forced("never")
+        tiers, table = tiers_of(self._store), self._speeds.table
+        if self._recompute == "always" or tiers is None or not keys:
+            return None
+        lengths = [len(text) for _, text in keys]
+        if table.prefill is not None:
+            return clearly_loaded(table, tiers, min(lengths))
+        sizes = [int(length * table.token_bytes) for length in lengths]
+        if any(self._speeds.are_wanted([Place(tier)] * len(sizes), sizes) for tier in tiers):
+            return None
+        return NO_SPEEDS if table.token_bytes else None
 
     def chosen(
         self, prefix: Tokens, keys: Mapping[Pair, EntryKey], *, may_measure: bool
@@ -80,8 +95,10 @@ class Chooser:
         places = [locate(self._store, key) for key in keys.values()]
         choices = [_ABSENT] * len(places)
         there = [i for i, place in enumerate(places) if place is not None]
-        chosen = forced(self._recompute, len(there))
-        if chosen is None:
+        same = forced(self._recompute)
+        if same is not None:
+            chosen = [same] * len(there)
+        else:
             pairs = list(keys)
             some = [place for place in places if place is not None]
             sizes = [self._size(place, pairs[i]) for i, place in zip(there, some, strict=True)]
@@ -113,9 +130,9 @@ class Chooser:
     def settled(self, wanted: Wanted, pair: Pair) -> Choice:
         """The choice for a text that was read, once it is certain whether the store has it; counted then."""
         choice = wanted.choices[pair]
-        if pair not in wanted.presumed:
-            return choice
-        if not self._is_there(wanted.keys[pair]):
+        if not choice.recompute:
+            return choice if self._store is None else _ABSENT
+        if pair in wanted.presumed and not self._is_there(wanted.keys[pair]):
             self._metrics.add("misses")
             return _ABSENT
         self._metrics.decided("recompute")

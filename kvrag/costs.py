@@ -193,7 +193,7 @@ EncodeSeconds = Callable[[Sequence[int]], float]
 """What reading some of the documents anew takes, by their numbers; those that share runs share costs."""
 
 _AT_HAND = Choice(False, "its rows are in memory, or on their way")
-_NO_SPEEDS = Choice(False, "speeds are not known yet")
+NO_SPEEDS = Choice(False, "speeds are not known yet")
 _NEVER = Choice(False, "recompute='never'")
 _ALWAYS = Choice(True, "recompute='always'")
 
@@ -218,7 +218,7 @@ def choose(
         return choices
     known = [i for i in open_ if table.prefill is not None and places[i].tier in table.tiers]
     for i in open_:
-        choices[i] = _NO_SPEEDS
+        choices[i] = NO_SPEEDS
     if not known:
         return choices
 
@@ -240,6 +240,29 @@ def choose(
     return choices
 
 
+def clearly_loaded(table: CostTable, tiers: Sequence[str], fewest_tokens: int) -> Choice | None:
+    """The choice for all documents, wherever among these tiers they are; None: it depends on them.
+
+    Latency weighs most on the shortest document: where loading wins for that, it wins for every one, and for
+    all of them together. So this takes microseconds.
+
+    Args:
+        table: what things take.
+        tiers: that rows may have to be read from.
+        fewest_tokens: of the shortest document.
+    """
+    if table.prefill is None or not table.token_bytes or any(tier not in table.tiers for tier in tiers):
+        return None
+    num_bytes, anew = int(fewest_tokens * table.token_bytes), table.prefill.linear * fewest_tokens
+    slowest = max((table.load_seconds([(tier, num_bytes)]) or 0.0 for tier in tiers), default=0.0)
+    if slowest > anew:
+        return None
+    return Choice(
+        False,
+        f"even of the shortest, {slowest * 1e3:.1f} ms to load and at least {anew * 1e3:.1f} ms to read anew",
+    )
+
+
 def _reason(place: Place, size: int, load: float, anew: float, totals: Sequence[float], best: int) -> str:
     return (
         f"{size / 1e6:.1f} MB from {place.tier}: {load * 1e3:.1f} ms to load, {anew * 1e3:.1f} ms to read "
@@ -247,11 +270,9 @@ def _reason(place: Place, size: int, load: float, anew: float, totals: Sequence[
     )
 
 
-def forced(recompute: Recompute, count: int) -> list[Choice] | None:
-    """Choices that nothing has to be known for; None: they depend."""
-    if recompute == "auto":
-        return None
-    return [_ALWAYS if recompute == "always" else _NEVER] * count
+def forced(recompute: Recompute) -> Choice | None:
+    """A choice that nothing has to be known for; None: it depends."""
+    return {"auto": None, "always": _ALWAYS, "never": _NEVER}[recompute]
 
 
 def check_recompute(recompute: str) -> Recompute:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvrag.choosing import runs_of
 from kvrag.config import Sampling
-from kvrag.costs import CostTable, PrefillSpeed, Rate, choose
+from kvrag.costs import CostTable, PrefillSpeed, Rate, choose, clearly_loaded
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.segments import KV
@@ -185,6 +185,27 @@ def test_what_is_chosen_never_takes_longer_than_loading_all(
         assert total(picked) <= 0.9 * total([]) * (1 + 1e-9)  # clearly
     else:
         assert total([]) <= total(known) / 0.9 + 0.0021
+
+
+@given(
+    st.lists(st.integers(1, 2000), min_size=1, max_size=6),
+    st.lists(st.sampled_from(["disk", "far"]), min_size=6, max_size=6),
+    st.floats(1e5, 1e11),
+    st.floats(0, 0.1),
+    st.floats(1e-6, 1e-2),
+    st.floats(1, 1e5),
+)
+def test_what_is_clear_without_looking_is_what_looking_would_say(
+    lengths: list[int], tiers: list[str], rate: float, latency: float, per_token: float, token_bytes: float
+) -> None:
+    speed = PrefillSpeed((1, per_token), (100, 150 * per_token))
+    table = CostTable(speed, {"disk": Rate(1e9, 1e-4), "far": Rate(rate, latency)}, token_bytes=token_bytes)
+    if clearly_loaded(table, ["disk", "far"], min(lengths)) is None:
+        return
+    sizes = [int(length * token_bytes) for length in lengths]
+    where = [Place(tier) for tier in tiers[: len(lengths)]]
+    chosen = choose(table, where, sizes, lambda n: sum(speed.seconds(7, lengths[i]) for i in n))
+    assert not any(choice.recompute for choice in chosen)
 
 
 def test_the_whole_answer_counts_not_only_each_document() -> None:

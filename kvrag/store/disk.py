@@ -141,6 +141,11 @@ class DiskStore:
         self._hits.count(key.id)
         return found
 
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """Where rows may have to be read from; see `Place.tier`."""
+        return (self._loader.name,)
+
     def locate(self, key: EntryKey) -> Place | None:
         """Where the entry would be taken from; see `Locates`."""
         return self._loader.locate(key.id)

@@ -125,6 +125,12 @@ def locate(store: KVStore, key: EntryKey) -> Place | None:
     return Place(name_of(store), is_certain=False)
 
 
+def tiers_of(store: object) -> tuple[str, ...] | None:
+    """Names of the tiers that rows may have to be read from; None: nobody knows."""
+    names: tuple[str, ...] | None = getattr(store, "tier_names", None)
+    return names
+
+
 def counts_of(store: object) -> dict[str, int]:
     """What a store counts; nothing if it does not say."""
     return store.counts() if isinstance(store, Counting) else {}

@@ -24,6 +24,7 @@ class MemoryStore:
     """Keeps rows in this process; for tests, trials and texts that need not outlive it."""
 
     name = "memory"
+    tier_names: tuple[str, ...] = ()  # nothing has to be read
 
     def __init__(self) -> None:
         self._entries: dict[str, KV] = {}
@@ -145,6 +146,11 @@ class MemoryTier:
     def name(self) -> str:
         """What receipts and counts call it."""
         return "memory" if self.device.type == "cpu" else f"memory of {self.device}"
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """None: nothing has to be read."""
+        return ()
 
     @property
     def is_faster_than_a_mapping(self) -> bool:

@@ -98,6 +98,11 @@ class ObjectStore:
         self._count("hits")
         return kv
 
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """Where rows have to be read from."""
+        return (self.name,)
+
     def locate(self, key: EntryKey) -> Place | None:
         """The bucket, presumed to have the entry: asking takes about as long as reading it."""
         return Place(self.name, is_certain=False)

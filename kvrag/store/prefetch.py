@@ -17,7 +17,7 @@ from kvrag.errors import CacheMiss, ConfigError
 from kvrag.segments import KV, LazyLayers
 from kvrag.store.base import CheckReport, KVStore, Receipt, StoreStats
 from kvrag.store.counts import Counts
-from kvrag.store.found import Found, Place, counts_of, find, locate
+from kvrag.store.found import Found, Place, counts_of, find, locate, tiers_of
 from kvrag.store.key import EntryKey
 from kvrag.store.traffic import Traffic
 
@@ -167,6 +167,11 @@ class Prefetch:
             if by_layer or not isinstance(found.kv.layers, LazyLayers):
                 return found
             return replace(found, kv=KV(key.tokens, tuple(found.kv.layers)))
+
+    @property
+    def tier_names(self) -> tuple[str, ...] | None:
+        """Those of the store."""
+        return tiers_of(self.store)
 
     def locate(self, key: EntryKey) -> Place | None:
         """Where the entry would be taken from; at hand if it is being read ahead."""

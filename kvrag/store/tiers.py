@@ -19,7 +19,7 @@ from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
 from kvrag.segments import KV
 from kvrag.store.base import CheckReport, EntryInfo, KVStore, Receipt, StoreStats, check_rows
 from kvrag.store.disk import DiskStore
-from kvrag.store.found import Found, Place, counts_of, find, locate
+from kvrag.store.found import Found, Place, counts_of, find, locate, tiers_of
 from kvrag.store.journal import Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
@@ -122,6 +122,12 @@ class TieredStore:
                         return found
         self._count("misses")
         raise CacheMiss(f"no usable entry {key.id[:12]} in {', '.join(t.name for t in self._tiers)}")
+
+    @property
+    def tier_names(self) -> tuple[str, ...] | None:
+        """Where rows may have to be read from; None: a tier does not say."""
+        names = [tiers_of(tier.store) for tier in self._tiers]
+        return None if None in names else tuple(name for some in names for name in some or ())
 
     def locate(self, key: EntryKey) -> Place | None:
         """The first tier that has the entry; one that would have to ask a network is presumed to."""
