@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from kvrag.errors import (
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.matching import ChunkMatcher
+from kvrag.messages import Message, Tool
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
@@ -26,52 +27,12 @@ from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import Fingerprint
-from kvrag.text import Message, joined_tokens
-from kvrag.worker import Stream, Worker
+from kvrag.streams import AnswerStream
+from kvrag.text import joined_tokens
+from kvrag.worker import Worker
 
 T = TypeVar("T")
 Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher
-
-
-class AnswerStream:
-    """Text of an answer as it is written; iterate it, or iterate it with `async for`.
-
-    `answer` is set once the text is complete. Leaving a `with` block, dropping the stream or calling
-    `cancel` stops the answer.
-    """
-
-    def __init__(self, stream: Stream[str | Answer]) -> None:
-        """Wrap the worker's stream."""
-        self._stream = stream
-        self.answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text, in order."""
-        for event in self._stream:
-            if isinstance(event, Answer):
-                self.answer = event
-            else:
-                yield event
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces of text without blocking the event loop."""
-        async for event in self._stream:
-            if isinstance(event, Answer):
-                self.answer = event
-            else:
-                yield event
-
-    def cancel(self) -> None:
-        """Stop after the current token; a waiting iteration ends with `GenerationCancelled`."""
-        self._stream.cancel()
-
-    def __enter__(self) -> AnswerStream:
-        """Cancel on exit."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop the answer."""
-        self.cancel()
 
 
 class Engine:
@@ -214,6 +175,23 @@ class Engine:
             sources or {},
         )
         return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[str | Mapping[str, str]] | None = None,
+    ) -> str:
+        """A conversation as the model's template writes it, up to where the answer begins; see `Text.render`.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses these messages.
+        """
+        return self.model.text.render(messages, tools, documents)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as it would stand in a prompt, without anything in front of it."""
+        return len(self.model.text.tokenize(text))
 
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
         """What a corpus needs to build caches for prompts of one form."""

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvrag.answer import Answer, DocumentUse, Timing, Usage
+from kvrag.answer import Answer, DocumentUse, Piece, Timing, Usage
 from kvrag.attention import Looking
 from kvrag.caches import Caches, Loaded, Tokens
 from kvrag.citations import Attention, Span
 from kvrag.compose import compose
 from kvrag.config import Sampling
-from kvrag.decode import Behind, Step, choice, steps
+from kvrag.decode import Behind, Step, choice, end_tokens, steps
 from kvrag.errors import CacheMiss, ContextOverflow, InputError
 from kvrag.focus.policy import PLAIN, Policy, SecondLook
 from kvrag.focus.pruning import Pruning
@@ -21,7 +21,8 @@ from kvrag.looking import Look, look
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
 from kvrag.plan import PromptPlan, plan
-from kvrag.text import Decoding, joined_tokens
+from kvrag.text import joined_tokens
+from kvrag.written import Written
 
 _WITH_SPANS = 3
 
@@ -52,7 +53,7 @@ class Request:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
+def answer(caches: Caches, request: Request) -> Iterator[Piece | Answer]:
     """Pieces of text as they become certain, then the finished answer.
 
     Raises:
@@ -73,37 +74,37 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
         looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=looking
     )
     second = _SecondLook(policy, looked, behind, _sources(request, planned))
-    decoding = Decoding(model.text, sampling.stop)
+    written = Written(model.text, sampling.stop)
     attention = Attention()
-    tokens: list[int] = []
     documents = tuple(s.document for s in looked.composed.table)
     for step in steps(
         model, behind, planned.tokens, looked.read, documents, chosen, position=looked.composed.end
     ):
-        if not tokens:
+        if not written.tokens:
             clock.lap("prefill")
-        tokens.append(step.token)
+        piece = written.add(step.token, step.logprobs)
         attention.add(step.documents, step.mass, step.focus, step.columns)
         second.note(step)
-        if piece := decoding.push(step.token):
+        if piece is not None:
             yield piece
-        if step.is_last or decoding.stopped:
+        if step.is_last or written.stopped:
             break
-    if rest := decoding.finish():
+    if (rest := written.finish()) is not None:
         yield rest
-    ended_early = decoding.stopped or _is_end(model, tokens[-1], sampling)
+    ended_early = written.stopped or _ended_early(model, step, sampling)
     uses = _uses(model, planned, loaded, looked, attention, behind)
     yield Answer(
-        decoding.text,
-        tuple(tokens),
+        written.text,
+        tuple(written.tokens),
         "stop" if ended_early else "length",
         uses,
-        _usage(planned, loaded, looked, len(tokens)),
+        _usage(planned, loaded, looked, len(written.tokens)),
         clock.timing(),
         planned,
         policy.name,
         looked.risk,
         looked.in_full,
+        None if sampling.logprobs is None else tuple(written.logprobs),
     )
 
 
@@ -259,9 +260,9 @@ def _within(model: Model, looked: Look, request: Request) -> Sampling:
     return replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))
 
 
-def _is_end(model: Model, token: int, sampling: Sampling) -> bool:
-    ends = model.network.generation_config.eos_token_id
-    return not sampling.ignore_eos and token in (ends if isinstance(ends, list) else [ends])
+def _ended_early(model: Model, last: Step, sampling: Sampling) -> bool:
+    """At an end mark, or because the form that was asked for is complete."""
+    return last.is_complete or (not sampling.ignore_eos and last.token in end_tokens(model))
 
 
 def _uses(

@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -98,7 +98,7 @@ class Stream(Generic[T]):
             raise StopIteration
         return self._open(self._job.mailbox.get(), StopIteration)
 
-    async def __aiter__(self) -> AsyncIterator[T]:
+    async def __aiter__(self) -> AsyncGenerator[T, None]:
         """Results without blocking the event loop."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
