@@ -16,7 +16,7 @@ from kvrag.config import Sampling
 from kvrag.constrain import Keeper
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import Read, read
+from kvrag.prefill import Read, Want
 from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable
 
@@ -258,12 +258,12 @@ class Behind:
             if self.fresh.standing:  # only in the copy do they count as their documents' rows
                 self._rent = _Rent(SegmentTable(), 0)
 
-    def read(self, model: Model, token: int, position: int) -> Read:
-        """Read one more token."""
+    def want(self, token: int, position: int) -> Want:
+        """One more token, to be read."""
         if self._rent is not None and self._rent.is_spent() and isinstance(self._tables, SegmentTable):
             self.fresh = self.fresh.behind(self._tables, self._specs)
             self._tables, self._rent = SegmentTable(), None
-        return read(model, self._tables, [token], [position], self.fresh, looking=self._looking)
+        return Want(self._tables, [token], [position], self.fresh, self._looking)
 
 
 def steps(
@@ -276,7 +276,7 @@ def steps(
     *,
     position: int,
 ) -> Iterator[Step]:
-    """Decode token by token.
+    """Decode token by token, every token in a pass of its own.
 
     Args:
         model: the decoder.
@@ -296,5 +296,5 @@ def steps(
         yield step
         if step.is_last:
             return
-        last, documents = behind.read(model, step.token, position), behind.documents
+        last, documents = behind.want(step.token, position).read(model), behind.documents
         position += 1
