@@ -21,7 +21,17 @@ from kvrag.config import Sampling
 from kvrag.constrain import regex
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, ContextOverflow, EngineClosed, GenerationCancelled, InputError
-from kvrag.focus.policy import PLAIN, Policy, SecondLook, ape, cacheblend, cachefocus, epic, query_driven
+from kvrag.focus.policy import (
+    PLAIN,
+    Policy,
+    SecondLook,
+    ape,
+    cacheblend,
+    cachefocus,
+    epic,
+    naive,
+    query_driven,
+)
 from kvrag.focus.pruning import Pruning
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
@@ -279,7 +289,8 @@ def test_a_cancelled_answer_leaves_its_rows_at_once() -> None:
     gc.collect()
     before = alive()
     with Engine(model()) as engine:
-        streams = [engine.stream(**request(n, max_new_tokens=4000)) for n in range(3)]
+        never_copied = Policy(spans=True)
+        streams = [engine.stream(**request(n, never_copied, max_new_tokens=4000)) for n in range(3)]
         for stream in streams:
             next(iter(stream))
         engine.call(gc.collect)
