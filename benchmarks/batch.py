@@ -72,8 +72,8 @@ class Watch:
         Chooser.step = self._step  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+@dataclass(frozen=True)
+class Load:  # slots would hide the defaults that the arguments take
     """What callers ask: each has documents of his own.
 
     Attributes:
@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["reader", "shape"], choices=["reader", "shape"])
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
+    parser.add_argument("--documents", type=int, default=Load.documents, help="of each prompt")
+    parser.add_argument("--words", type=int, default=Load.words, help="of each document of the random shape")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
     parser.add_argument("--json", type=Path, help="write conditions and figures here")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, once")
@@ -179,7 +181,7 @@ def main() -> None:
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    load, shape, dtype = Load(new_tokens=args.tokens), Shape(), getattr(torch, args.dtype)
+    load, shape, dtype = Load(args.documents, args.words, args.tokens), Shape(), getattr(torch, args.dtype)
     if args.smoke:
         load, shape, args.callers, args.repeat, args.models = Load(2, 12, 4), SMOKE, [1, 3], 1, ["shape"]
     start, found = os.getloadavg()[0], {}

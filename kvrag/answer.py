@@ -104,7 +104,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that the steps of one answer took.
+    """Seconds that the steps of one answer took, those included in which others had their turns.
 
     Attributes:
         plan: finding the documents in the prompt, tokenising.

@@ -371,7 +371,11 @@ class _Schedule:
         self._asking = [job for job in self._asking if job.ask is not None]  # some were cancelled
         asks = [job.ask for job in self._asking]
         numbers = self._server.choose(asks)
-        for i, outcome in zip(numbers, self._server.run([asks[i] for i in numbers]), strict=True):
+        try:
+            outcomes = self._server.run([asks[i] for i in numbers])
+        except Exception as error:  # must not end the thread
+            outcomes = [error] * len(numbers)
+        for i, outcome in zip(numbers, outcomes, strict=True):
             self._asking[i].take(outcome)
         self._asking = [job for job in self._asking if job.ask is not None]
 

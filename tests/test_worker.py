@@ -441,6 +441,8 @@ class Doubling:
         self.started.set()
         assert self.allowed.wait(30)
         self.turns.append([ask.value for ask in asks])
+        if any(ask.value > 10_000 for ask in asks):
+            raise OverflowError("too large for any")
         return [ValueError("negative") if ask.value < 0 else 2 * ask.value for ask in asks]
 
 
@@ -495,6 +497,13 @@ def test_a_failed_outcome_is_raised_where_it_was_asked(serving: Worker) -> None:
     with pytest.raises(ValueError, match="negative"):
         list(streams[1])
     assert list(streams[2]) == [10, 12]
+
+
+def test_a_server_that_fails_does_not_take_the_thread_along(serving: Worker) -> None:
+    for stream in submit_at_once(serving, partial(asking, 20_000), partial(asking, 1)):
+        with pytest.raises(OverflowError, match="too large"):
+            list(stream)
+    assert list(serving.submit(partial(asking, 4))) == [8]
 
 
 def test_who_waited_longest_has_the_next_turn() -> None:
@@ -587,7 +596,7 @@ def test_work_returns_what_it_made(serving: Worker, server: Doubling) -> None:
 
 def test_close_ends_who_asks_and_who_waits_in_line(server: Doubling) -> None:
     worker = Worker("test", server=server, max_running=1)
-    endless = partial(asking, *range(100_000))
+    endless = partial(asking, *[0] * 100_000)
     streams = submit_at_once(worker, endless, endless, in_line=True)
     assert next(streams[0]) == 0
     worker.close()
