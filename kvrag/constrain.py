@@ -18,6 +18,7 @@ import torch
 from kvrag.errors import ConfigError, MissingExtra
 
 _MAX_COMPILED = 64
+_MARK = "\x02"  # in no text, so that it is merged with nothing
 _AS_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -177,7 +178,8 @@ class Grammars:
 class _Spelling:
     """A tokenizer that takes the names of special tokens for text.
 
-    llguidance tokenises what has to follow. The tokenizer's own way makes `</s>` in a text the end mark.
+    llguidance tokenises what has to follow. The tokenizer's own way makes `</s>` in a text the end mark, and
+    some put a blank before every text: theirs are tokenised behind a mark, which is cut off.
     """
 
     def __init__(self, backend: Any, known: Any, ends: Sequence[int]) -> None:
@@ -195,9 +197,16 @@ class _Spelling:
         self.eos_token_id, self.bos_token_id = (ends or [known.eos_token])[0], None
         self.tokens = [known.decode_bytes([i]) for i in range(known.vocab_size)]
         self.special_token_ids = [i for i in range(known.vocab_size) if known.is_special_token(i)]
+        self._mark: list[int] = []
+        if b"".join(self.tokens[i] for i in self("a")) != b"a":
+            self._mark = self._encode(_MARK)
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text."""
+        ids = self._encode(_MARK + text if self._mark else text)
+        return ids[len(self._mark) :]
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

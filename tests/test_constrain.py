@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kvrag.config import Sampling
 from kvrag.constrain import Constraint, Grammars, choice, json_schema, lark, regex
@@ -229,3 +231,41 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
             make()
     with pytest.raises(MissingExtra):
         Grammars(model().text.tokenizer).keeper(known, (2,))
+
+
+# ---- tokenizers that put a blank before every text
+
+BLANK = "\u2581"
+
+
+def blank_first(kind: str) -> Any:
+    """As Llama 2's: blanks are a character, the first one is added, unknown letters are bytes."""
+    pieces = [BLANK, *'abdefx{}":,0123456789</>', f"{BLANK}a", f"{BLANK}b", "ab", f"{BLANK}ab"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    merges = [(BLANK, "a"), (BLANK, "b"), ("a", "b"), (BLANK, "ab")]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    if kind == "prepend":
+        steps = [normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)]
+        backend.normalizer = normalizers.Sequence(steps)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+@pytest.mark.parametrize("text", ["ab a", "</s>x", '{"a": 12}', "zwölf\nab", "b"])
+def test_tokenizers_that_begin_with_a_blank_write_none(kind: str, text: str) -> None:
+    tokenizer = blank_first(kind)
+    for seed in range(3):
+        keeper, tokens = Grammars(tokenizer).keeper(choice([text]), (2,)), []
+        generator = torch.Generator().manual_seed(seed)
+        while not keeper.is_complete:
+            masked = keeper.mask(torch.randn(1, len(tokenizer), generator=generator))
+            tokens.append(int(masked.argmax()))
+            keeper.take(tokens[-1])
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == text
