@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from kvrag.attention import Looking, Tables
 from kvrag.config import Sampling
-from kvrag.constrain import Keeper
 from kvrag.fresh import FreshRows
+from kvrag.grammars import Keeper
 from kvrag.model import Model
 from kvrag.prefill import Read, Want
 from kvrag.rotary import LayerSpec

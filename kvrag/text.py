@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
-from kvrag.constrain import Grammars
 from kvrag.errors import InputError
+from kvrag.grammars import Grammars
 from kvrag.messages import (
     Message,
     Tool,

@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from kvrag.config import Sampling
-from kvrag.constrain import Constraint, Grammars, choice, json_schema, lark, regex
+from kvrag.constrain import Constraint, choice, json_schema, lark, regex
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, MissingExtra
+from kvrag.grammars import Grammars
 from kvrag.model import Model
 from kvrag.testing.models import tiny
 
