@@ -370,6 +370,8 @@ class _Schedule:
         assert self._server is not None
         self._asking = [job for job in self._asking if job.ask is not None]  # some were cancelled
         asks = [job.ask for job in self._asking]
+        if not asks:
+            return
         numbers = self._server.choose(asks)
         try:
             outcomes = self._server.run([asks[i] for i in numbers])
