@@ -9,7 +9,7 @@ from typing import Any
 
 from kvrag.errors import StoreWriteError
 from kvrag.model import Model
-from kvrag.prefill import Run, encode_runs
+from kvrag.prefill import Run, Work, alone, encode_runs, encoding_runs
 from kvrag.segments import KV
 from kvrag.store.base import KVStore
 from kvrag.store.codec import codec_named
@@ -98,6 +98,17 @@ class Caches:
         contexts: Sequence[Tokens] | None = None,
         by_layer: bool = False,
     ) -> list[Loaded]:
+        """Load texts at once; see `loading`."""
+        return alone(self.model, self.loading(prefix, texts, contexts=contexts, by_layer=by_layer))
+
+    def loading(
+        self,
+        prefix: Tokens,
+        texts: Sequence[Tokens],
+        *,
+        contexts: Sequence[Tokens] | None = None,
+        by_layer: bool = False,
+    ) -> Work[list[Loaded]]:
         """Rows of texts behind a prefix, in order; a text that comes twice is loaded once.
 
         Args:
@@ -114,7 +125,7 @@ class Caches:
             if key.id in kept:
                 found[pair] = Loaded(kept[key.id].to(self.model.device), is_hit=True)
         missing = [pair for pair in dict.fromkeys(wanted) if pair not in found]
-        rows = self.encode(prefix, [tokens for _, tokens in missing], [context for context, _ in missing])
+        rows = yield from self.encoding(prefix, [text for _, text in missing], [c for c, _ in missing])
         for (context, tokens), kv in zip(missing, rows, strict=True):
             self._put(EntryKey(self.fingerprint(prefix + context), tokens), kv)
             found[context, tokens] = Loaded(self._as_kept(kv), is_hit=False)
@@ -123,6 +134,12 @@ class Caches:
     def encode(
         self, prefix: Tokens, texts: Sequence[Tokens], contexts: Sequence[Tokens] | None = None
     ) -> list[KV]:
+        """Read texts at once; see `encoding`."""
+        return alone(self.model, self.encoding(prefix, texts, contexts))
+
+    def encoding(
+        self, prefix: Tokens, texts: Sequence[Tokens], contexts: Sequence[Tokens] | None = None
+    ) -> Work[list[KV]]:
         """Read texts behind a prefix, without looking at the store.
 
         Texts that stand in each other's contexts, like the parts of one document, are read in one go: each
@@ -137,7 +154,8 @@ class Caches:
         if not texts:
             return []
         runs, places = _runs(texts, contexts or [()] * len(texts))
-        rows = encode_runs(self.model, runs, self.prefix(prefix), token_budget=self.token_budget)
+        before = self.prefix(prefix)
+        rows = yield from encoding_runs(self.model, runs, before, token_budget=self.token_budget)
         return [rows[run][number] for run, number in places]
 
     def _as_kept(self, kv: KV) -> KV:
