@@ -29,19 +29,20 @@ class Prefetch:
         self._is_busy = threading.Lock()
         self.loaded = 0  # entries found so far
 
-    def hint(self, texts: Sequence[str], prefix: str = "") -> bool:
+    def hint(self, texts: Sequence[str], prefix: str | RagPrompt = "") -> bool:
         """Begin to load what the store has of these texts; False if another hint is still worked on.
 
         Args:
             texts: documents as they will stand in the prompt.
-            prefix: what they are encoded behind, as a chat template wrote it.
+            prefix: what they are encoded behind: the form of the prompts, or text of a chat template.
         """
         engine = self._engine()
         if engine is None or engine.is_closed or engine.store is None or not texts:
             return False
         if not self._is_busy.acquire(blocking=False):
             return False
-        thread = threading.Thread(target=self._load, args=(engine, list(texts), prefix), daemon=True)
+        form = RagPrompt(prefix) if isinstance(prefix, str) else prefix
+        thread = threading.Thread(target=self._load, args=(engine, list(texts), form), daemon=True)
         thread.name = f"kvrag prefetch {engine.model.name}"
         thread.start()
         return True
@@ -51,9 +52,9 @@ class Prefetch:
         with self._is_busy:
             pass
 
-    def _load(self, engine: Engine, texts: list[str], prefix: str) -> None:
+    def _load(self, engine: Engine, texts: list[str], form: RagPrompt) -> None:
         try:
-            encoder = engine.encoder(RagPrompt(prefix))
+            encoder = engine.encoder(form)
             store = engine.store
             for text in texts:
                 if store is not None and not engine.is_closed:

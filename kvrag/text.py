@@ -183,10 +183,14 @@ class Text:
         """
         if not self.has_template:
             return ""
+        # In the template's own language: transformers hands no functions to templates.
+        dateless = f"{{% macro strftime_now(format) %}}{_MARK}{{% endmacro %}}"
         for role in ("system", "user"):
             try:
                 whole: str = self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": _MARK}], tokenize=False, strftime_now=lambda _: _MARK
+                    [{"role": role, "content": _MARK}],
+                    chat_template=dateless + self.tokenizer.get_chat_template(),
+                    tokenize=False,
                 )
             except (TemplateError, LookupError, TypeError, ValueError):  # as in `render`
                 continue
