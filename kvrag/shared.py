@@ -27,7 +27,7 @@ class EngineSettings:
         max_length: longest prompt plus answer in tokens; None: the model's own limit.
         policy: what answers do with their documents, unless they have one of their own.
         codec: how rows are written to the store.
-        options: more arguments of `Model.load`, by name.
+        options: more arguments of `Engine.from_pretrained`, by name.
     """
 
     model: str = READER

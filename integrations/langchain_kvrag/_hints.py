@@ -22,6 +22,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from kvrag import Engine
 from kvrag.prefetch import Prefetch
+from kvrag.prompt import RagPrompt
 from langchain_kvrag._known import engines, key_of, known_of
 
 _MAX_ROOTS = 1024  # of runs whose end we may never hear of
@@ -53,6 +54,13 @@ class Watch(BaseCallbackHandler):
         with self._lock:
             root = self._roots.get(self._root_of[run_id]) if run_id in self._root_of else None
             return list(root.documents) if root else []
+
+    def note(self, run_id: UUID | None, documents: Sequence[Document]) -> None:
+        """Documents that belong to what was retrieved in this run's outermost one."""
+        with self._lock:
+            root = self._roots.get(self._root_of[run_id]) if run_id in self._root_of else None
+            if root is not None:
+                root.documents.extend(documents)
 
     @property
     def num_runs(self) -> int:
@@ -108,10 +116,7 @@ class Watch(BaseCallbackHandler):
 
     def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **_: Any) -> None:
         """Documents are on their way into a prompt."""
-        with self._lock:
-            root = self._roots.get(self._root_of[run_id]) if run_id in self._root_of else None
-            if root is not None:
-                root.documents.extend(documents)
+        self.note(run_id, documents)
         expect([document.page_content for document in documents])
         self._leave(run_id)
 
@@ -147,16 +152,16 @@ class Watch(BaseCallbackHandler):
 WATCH = Watch()
 _variable: ContextVar[Watch | None] = ContextVar("kvrag_watch", default=WATCH)
 _attached = threading.Lock()
-_prefixes: WeakKeyDictionary[Engine, dict[str, None]] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[Engine, dict[RagPrompt, None]] = WeakKeyDictionary()
 _prefetches: WeakKeyDictionary[Engine, Prefetch] = WeakKeyDictionary()
 
 
-def serve(engine: Engine, prefix: str) -> None:
-    """From now on, what any retriever returns is made known to this engine and loaded behind this prefix."""
+def serve(engine: Engine, form: RagPrompt) -> None:
+    """From now on, what any retriever returns is made known to this engine and loaded for this form."""
     if _attached.acquire(blocking=False):  # once for all
         register_configure_hook(_variable, inheritable=True)
     known_of(engine)
-    _prefixes.setdefault(engine, {})[prefix] = None
+    _forms.setdefault(engine, {})[form] = None
 
 
 def prefetch_of(engine: Engine) -> Prefetch:
@@ -168,8 +173,8 @@ def expect(texts: Sequence[str]) -> None:
     """Texts will probably stand in a prompt soon."""
     for engine in engines():
         known_of(engine).see(texts)
-        for prefix in list(_prefixes.get(engine, ()))[-1:]:
-            prefetch_of(engine).hint(texts, prefix)
+        for form in list(_forms.get(engine, ()))[-1:]:  # a hint may be wrong, and one is enough
+            prefetch_of(engine).hint(texts, form)
 
 
 def write_back(documents: Iterable[Document], uses: Sequence[dict[str, Any]]) -> None:

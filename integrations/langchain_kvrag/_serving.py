@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import UUID
 
 from langchain_core.documents import Document
@@ -25,13 +25,16 @@ from kvrag import (
     Policy,
     Sampling,
 )
+from kvrag.constrain import Constraint
 from kvrag.explain import why_not
 from kvrag.focus.policy import PLAIN, preset
 from kvrag.model import READER
+from kvrag.prompt import RagPrompt
 from kvrag.shared import EngineSettings, SharedEngine, shared_engine
 from kvrag.store.key import tagged_digest
-from langchain_kvrag._hints import WATCH, serve
+from langchain_kvrag._hints import WATCH, serve, write_back
 from langchain_kvrag._known import key_of, known_of
+from langchain_kvrag._results import report
 
 logger = logging.getLogger("langchain_kvrag")
 
@@ -43,6 +46,7 @@ else:
     _PolicyOrName = _Engine = Any
 
 TEMPLATE = "template"
+_LOGPROBS = ("logprobs", "top_logprobs")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -83,7 +87,7 @@ class Serving(BaseModel):
     codec: str = "raw"
     """How caches are written: "raw", "fp8", "int8" or "int4"."""
     model_options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of `kvrag.Model.load`, such as `revision`."""
+    """More arguments of `kvrag.Engine.from_pretrained`, such as `revision` or `max_batch`."""
 
     policy: _PolicyOrName = PLAIN
     """What is done with a prompt's documents: a policy of `kvrag.focus`, or a preset's name."""
@@ -109,6 +113,12 @@ class Serving(BaseModel):
     """Makes sampling repeatable."""
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
     """The answer ends before any of these texts."""
+    logprobs: bool = False
+    """Say how likely each token was, in OpenAI's form."""
+    top_logprobs: int | None = None
+    """Say so of this many of the likeliest tokens at each place, too."""
+    max_json_chars: int | None = None
+    """Longest string in answers that are kept to a form, for small models that do not find a string's end."""
     timeout: float | None = None
     """Seconds after which an answer is stopped with `AnswerTimeout`."""
     streaming: bool = False
@@ -118,6 +128,7 @@ class Serving(BaseModel):
     api_key: SecretStr | None = Field(default=None, exclude=True)
     """Taken for the same reason; there is nobody to show it to."""
 
+    _is_rendered: ClassVar[bool] = True  # prompts come out of a chat template, which writes any BOS
     _share: SharedEngine | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -131,7 +142,7 @@ class Serving(BaseModel):
             preset(self.policy)
         self._call(None, {})
         self.running.model.fingerprint()  # reads all weights once: better now than in an event loop
-        serve(self.running, self.document_prefix)
+        serve(self.running, self.document_form)
         return self
 
     @property
@@ -168,7 +179,7 @@ class Serving(BaseModel):
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Load the engine, or share it."""
         super().__setstate__(state)
-        serve(self.running, self.document_prefix)
+        serve(self.running, self.document_form)
 
     @property
     def model_name(self) -> str:
@@ -179,6 +190,11 @@ class Serving(BaseModel):
     def document_prefix(self) -> str:
         """The text that documents are encoded behind."""
         return self.running.model.text.opening if self.prefix == TEMPLATE else self.prefix
+
+    @property
+    def document_form(self) -> RagPrompt:
+        """The same as an encoder takes it."""
+        return RagPrompt(self.document_prefix, is_rendered=self._is_rendered)
 
     @property
     def default_policy(self) -> Policy:
@@ -200,7 +216,7 @@ class Serving(BaseModel):
         model = self.running.model
         return {
             "model": self.model,
-            "fingerprint": tagged_digest(model.fingerprint().fields()),
+            "fingerprint": tagged_digest({**model.fingerprint().fields()}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "policy": repr(self.default_policy),
             "caches": self._cache_mode,
@@ -208,6 +224,8 @@ class Serving(BaseModel):
             "max_length": model.max_length,
             "max_tokens": self.max_tokens,
             "stop": self.stop,
+            "max_json_chars": self.max_json_chars,
+            **{name: getattr(self, name) for name in _LOGPROBS},
             **{name: getattr(self, name) for name in _SAMPLING},
         }
 
@@ -215,13 +233,18 @@ class Serving(BaseModel):
         """Tokens of a text, by the model's own tokenizer."""
         return list(self.running.model.text.tokenize(text))
 
-    def _call(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> Call:
+    def _call(
+        self,
+        stop: Sequence[str] | None,
+        options: Mapping[str, Any],
+        constraint: Constraint | None = None,
+    ) -> Call:
         """Settings of one call.
 
         Raises:
             ConfigError: an option that is not known, or a value without meaning.
         """
-        known = {*_SAMPLING, "max_tokens", "policy", "timeout", "model", "stream"}
+        known = {*_SAMPLING, *_LOGPROBS, "max_tokens", "policy", "timeout", "model", "stream"}
         if unknown := sorted(set(options) - known):
             raise ConfigError(
                 f"this model knows no option {unknown[0]!r}; it takes {', '.join(sorted(known))}"
@@ -231,10 +254,13 @@ class Serving(BaseModel):
                 f"model={options['model']!r}: this one serves {self.model!r}; make another for that"
             )
         chosen = {name: options.get(name, getattr(self, name)) for name in _SAMPLING}
+        told, top = (options.get(name, getattr(self, name)) for name in _LOGPROBS)
         stops = tuple(self.stop or ()) if stop is None else tuple(stop)
         sampling = Sampling(
             max_new_tokens=options.get("max_tokens") or self.max_tokens,
             stop=stops,
+            logprobs=(top or 0) if told or top else None,
+            constraint=constraint,
             **{**chosen, "temperature": chosen["temperature"] or 0.0},
         )
         policy = options.get("policy", self.default_policy if "policy" in self.model_fields_set else None)
@@ -245,7 +271,7 @@ class Serving(BaseModel):
         )
 
     @contextmanager
-    def _ask(self, prompt: str, call: Call, *, is_rendered: bool) -> Iterator[AnswerStream]:
+    def _ask(self, prompt: str, call: Call) -> Iterator[AnswerStream]:
         """An answer under way; it is cancelled on exit, and errors come out as both sides know them.
 
         Raises:
@@ -259,7 +285,7 @@ class Serving(BaseModel):
             prefix=self.document_prefix if self.caches else "",
             sampling=call.sampling,
             policy=call.policy,
-            is_rendered=is_rendered,
+            is_rendered=self._is_rendered,
         ) as stream:
             timer = None if call.timeout is None else threading.Timer(call.timeout, stream.cancel)
             if timer is not None:
@@ -276,6 +302,13 @@ class Serving(BaseModel):
             finally:
                 if timer is not None:
                     timer.cancel()
+
+    def _tell(self, answer: Answer, run_id: UUID | None, more: Sequence[Document] = ()) -> dict[str, Any]:
+        """What is reported of an answer; retrieved documents that carry our field are told as well."""
+        told = report(answer)
+        write_back(WATCH.retrieved(run_id), told["documents"])
+        self._explain(answer, run_id, more)
+        return told
 
     def _explain(self, answer: Answer, run_id: UUID | None, more: Sequence[Document] = ()) -> None:
         """One line about retrieved documents that are not among the answer's cached ones."""

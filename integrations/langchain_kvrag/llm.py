@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
-from typing import Any, Self
+from contextlib import ExitStack, aclosing
+from typing import Any, ClassVar, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams
@@ -14,7 +14,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import model_validator
 
 from kvrag import Answer, AnswerStream
-from langchain_kvrag._results import report, usage_of
+from langchain_kvrag._results import logprobs_of, usage_of
 from langchain_kvrag._serving import Serving, finished, package_version
 
 
@@ -27,6 +27,8 @@ class KVCacheLLM(Serving, BaseLLM):
     >>> from langchain_kvrag import KVCacheLLM  # doctest: +SKIP
     >>> KVCacheLLM(model="kvrag/reader", store="caches").invoke("...")  # doctest: +SKIP
     """
+
+    _is_rendered: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _set_kvrag_version(self) -> Self:
@@ -52,7 +54,7 @@ class KVCacheLLM(Serving, BaseLLM):
         """All prompts are under way at once; the engine's thread decodes them together."""
         call = self._call(stop, kwargs)
         with ExitStack() as stack:
-            streams = [stack.enter_context(self._ask(p, call, is_rendered=False)) for p in prompts]
+            streams = [stack.enter_context(self._ask(p, call)) for p in prompts]
             answers = []
             for stream in streams:
                 for _ in stream:
@@ -70,7 +72,7 @@ class KVCacheLLM(Serving, BaseLLM):
         """The same without blocking the event loop."""
         call = self._call(stop, kwargs)
         with ExitStack() as stack:
-            streams = [stack.enter_context(self._ask(p, call, is_rendered=False)) for p in prompts]
+            streams = [stack.enter_context(self._ask(p, call)) for p in prompts]
             answers = await asyncio.gather(*(_acomplete(stream) for stream in streams))
         return self._result(answers, run_manager)
 
@@ -81,15 +83,13 @@ class KVCacheLLM(Serving, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with self._ask(prompt, self._call(stop, kwargs), is_rendered=False) as stream:
-            for piece in stream:
-                chunk = GenerationChunk(text=piece)
+        with self._ask(prompt, self._call(stop, kwargs)) as stream:
+            for piece in stream.events():
+                chunk = GenerationChunk(text=piece.text, generation_info=logprobs_of(piece.logprobs))
                 if run_manager:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                    run_manager.on_llm_new_token(piece.text, chunk=chunk)
                 yield chunk
-            answer = finished(stream)
-            self._explain(answer, run_manager and run_manager.run_id)
-            yield GenerationChunk(text="", generation_info=self._about(answer))
+            yield GenerationChunk(text="", generation_info=self._about(finished(stream), run_manager))
 
     async def _astream(
         self,
@@ -98,22 +98,27 @@ class KVCacheLLM(Serving, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with self._ask(prompt, self._call(stop, kwargs), is_rendered=False) as stream:
-            async for piece in stream:
-                chunk = GenerationChunk(text=piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
-            answer = finished(stream)
-            self._explain(answer, run_manager and run_manager.run_id)
-            yield GenerationChunk(text="", generation_info=self._about(answer))
+        with self._ask(prompt, self._call(stop, kwargs)) as stream:
+            async with aclosing(stream.aevents()) as pieces:
+                async for piece in pieces:
+                    chunk = GenerationChunk(text=piece.text, generation_info=logprobs_of(piece.logprobs))
+                    if run_manager:
+                        await run_manager.on_llm_new_token(piece.text, chunk=chunk)
+                    yield chunk
+            yield GenerationChunk(text="", generation_info=self._about(finished(stream), run_manager))
 
     def _result(self, answers: list[Answer], run_manager: Any) -> LLMResult:
-        for answer in answers:
-            self._explain(answer, run_manager and run_manager.run_id)
         usages = [usage_of(answer) for answer in answers]
         return LLMResult(
-            generations=[[Generation(text=a.text, generation_info=self._about(a))] for a in answers],
+            generations=[
+                [
+                    Generation(
+                        text=a.text,
+                        generation_info={**self._about(a, run_manager), **logprobs_of(a.logprobs)},
+                    )
+                ]
+                for a in answers
+            ],
             llm_output={
                 "model_name": self.model,
                 "token_usage": {
@@ -124,12 +129,12 @@ class KVCacheLLM(Serving, BaseLLM):
             },
         )
 
-    def _about(self, answer: Answer) -> dict[str, Any]:
+    def _about(self, answer: Answer, run_manager: Any) -> dict[str, Any]:
         return {
             "finish_reason": answer.finish_reason,
             "model_name": self.model,
             "usage_metadata": usage_of(answer),
-            "kvrag": report(answer),
+            "kvrag": self._tell(answer, run_manager and run_manager.run_id),
         }
 
 
