@@ -59,7 +59,10 @@ class Prefetch:
             for text in texts:
                 if store is not None and not engine.is_closed:
                     self.loaded += _touch(store, EntryKey(encoder.fingerprint, encoder.tokenize(text)))
-        except (KVRagError, OSError) as error:
+        except Exception as error:
+            # A store that is closed meanwhile may fail in its own way.
+            if not (engine.is_closed or isinstance(error, (KVRagError, OSError))):
+                raise
             logger.debug("a prefetch ended early: %s", error)
         finally:
             self._is_busy.release()
