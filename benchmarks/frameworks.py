@@ -189,54 +189,81 @@ def measure(setting: Setting, peer_python: str | None, threads: int) -> dict[str
         with Engine.from_pretrained(folder, store=Path(place) / "store", device="cpu") as engine:
             sides = Sides(engine, documents_of(setting))
             with sides.all() as ways:
-                seconds = run(setting, sides, ways, peer)
+                seconds, busy = run(setting, sides, ways, peer)
         if peer is not None:
             peer.close()
-    return summary(setting, seconds, threads, peer.versions if peer else {})
+    return summary(setting, seconds, busy, threads, peer.versions if peer else {})
+
+
+Seconds = dict[str, list[float]]
+"""By side, turn by turn."""
 
 
 def run(
     setting: Setting, sides: Sides, ways: dict[str, Callable[[str], None]], peer: Peer | None
-) -> dict[str, list[float]]:
-    """Seconds by side; the first two turns fill the store and warm up, and do not count."""
-    seconds: dict[str, list[float]] = {}
+) -> tuple[Seconds, Seconds]:
+    """Seconds on the clock and of the processor (all threads, which says more on a busy machine).
+
+    The first two turns fill the store and warm up, and do not count.
+    """
+    seconds: Seconds = {}
+    busy: Seconds = {}
     names = list(ways)
     for turn in range(-2, setting.turns):
         question = f"What does document {turn} say?"
         taken: dict[str, float] = {}
+        used: dict[str, float] = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start, start_busy = time.perf_counter(), time.process_time()
             ways[name](question)
-            taken[name] = time.perf_counter() - start
+            taken[name], used[name] = time.perf_counter() - start, time.process_time() - start_busy
         if peer is not None:
             taken |= peer.ask(sides.prompt(question), sides.messages(question))
         if turn >= 0:
-            for name, value in taken.items():
-                seconds.setdefault(name, []).append(value)
-    return seconds
+            _note(seconds, taken)
+            _note(busy, used)
+    return seconds, busy
+
+
+def _note(seconds: Seconds, taken: dict[str, float]) -> None:
+    for name, value in taken.items():
+        seconds.setdefault(name, []).append(value)
+
+
+def above(seconds: Seconds) -> dict[str, float]:
+    """Each side's median difference from the engine in the same turn, in milliseconds."""
+    own = seconds["engine"]
+    return {
+        name: 1000 * median(v - o for v, o in zip(values, own, strict=True))
+        for name, values in seconds.items()
+        if name != "engine"
+    }
 
 
 def summary(
-    setting: Setting, seconds: dict[str, list[float]], threads: int, others: dict[str, str]
+    setting: Setting, seconds: Seconds, busy: Seconds, threads: int, others: dict[str, str]
 ) -> dict[str, Any]:
-    """Medians, and each side's median difference from the engine in the same turn."""
-    own = seconds["engine"]
+    """Medians, and what each side takes above the engine."""
     return {
         "setting": asdict(setting),
         "conditions": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": cpu_name(),
             "threads": threads,
             "load": os.getloadavg()[0],
             "versions": {n: version(n) for n in ("torch", "transformers", "langchain-core")},
             "peer_versions": others,
         },
         "median_seconds": {name: median(values) for name, values in seconds.items()},
-        "overhead_ms": {
-            name: 1000 * median(v - o for v, o in zip(values, own, strict=True))
-            for name, values in seconds.items()
-            if name != "engine"
-        },
+        "overhead_ms": above(seconds),
+        "cpu_overhead_ms": above(busy),
     }
+
+
+def cpu_name() -> str:
+    """Of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
