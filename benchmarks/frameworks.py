@@ -159,7 +159,7 @@ class Peer:
         script = Path(__file__).parent / "frameworks_parts" / "peer_langchain.py"
         command = [python, str(script), str(folder), str(threads)]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self._process = subprocess.Popen(  # noqa: S603 - the caller's own Python
+        self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.versions = self._read()
