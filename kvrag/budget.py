@@ -16,7 +16,7 @@ class Budget:
 
     Args:
         engine: whose window and caches they are for.
-        form: of the prompts; documents are encoded behind its prefix. None: nothing is in front of them.
+        prefix: what documents are encoded behind: the form of the prompts, or text of a chat template.
         max_tokens: of all documents together; None: the window less the answer and an eighth for the rest of
             the prompt. Policies that let documents share positions can be given more than the window.
         answer_tokens: longest answer.
@@ -28,7 +28,7 @@ class Budget:
     def __init__(
         self,
         engine: Engine,
-        form: RagPrompt | None = None,
+        prefix: str | RagPrompt = "",
         *,
         max_tokens: int | None = None,
         answer_tokens: int = 256,
@@ -42,7 +42,8 @@ class Budget:
                 f"no tokens are left for documents: the window has {window}, the answer may take "
                 f"{answer_tokens}; set max_tokens of the answer lower, or the budget yourself"
             )
-        self._encoder: DocumentEncoder = engine.encoder(form or RagPrompt(""))
+        form = RagPrompt(prefix) if isinstance(prefix, str) else prefix
+        self._encoder: DocumentEncoder = engine.encoder(form)
 
     def length(self, text: str) -> int:
         """Tokens of a text."""
