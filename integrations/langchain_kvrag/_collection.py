@@ -91,6 +91,7 @@ class CachedCollection:
         known: Known,
         companion: Callable[[str], Companion | None],
         *,
+        lock: threading.RLock,
         retrieved: Callable[[Sequence[str]], None],
     ) -> None:
         """Stand in for a collection.
@@ -100,11 +101,12 @@ class CachedCollection:
             name: its name.
             known: where texts are told to.
             companion: gives the caches of the collection with an id; None: there are none.
+            lock: held while the collection and its caches are changed; one for all who do it.
             retrieved: told the texts that a search found.
         """
         self._access, self._name, self._known = access, name, known
         self._companion, self._retrieved = companion, retrieved
-        self._lock = threading.RLock()
+        self._lock = lock
 
     def __getattr__(self, name: str) -> Any:
         """What changes nothing is the collection's own."""

@@ -66,6 +66,7 @@ class KVChroma(Chroma):
         self._form = _form(engine, prefix)
         self._companions: dict[str, Companion] = {}
         self._no_caches = threading.local()
+        self._changing = threading.RLock()
         serve(self._engine, self._form)
         self._access: Access | None = None
         settings = _named(args, named)
@@ -120,6 +121,7 @@ class KVChroma(Chroma):
             self._collection_name,
             known_of(self._engine),
             self._companion,
+            lock=self._changing,
             retrieved=self._expect,
         )
 

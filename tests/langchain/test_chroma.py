@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_searching_goes_on_as_before(held: KVChroma, documents: list[str]) -> No
     assert len(held.similarity_search_with_relevance_scores("bread", k=2)) == 2
     retriever = held.as_retriever(search_type="mmr", search_kwargs={"k": 1})
     assert retriever.invoke("ferry")[0].page_content == documents[1]
+
+
+def test_threads_that_replace_one_document_leave_its_last_text(
+    held: KVChroma, engine: Engine, documents: list[str]
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda text: held.add_texts([text], ids=["a"]), documents * 3))
+    (text,) = held.get()["documents"]
+    assert len(entries(engine)) == 1
+    assert [one in known_of(engine) for one in documents] == [one == text for one in documents]
+    assert held.reconcile().built == 0
 
 
 async def test_async_methods_do_the_same(held: KVChroma, engine: Engine, documents: list[str]) -> None:
