@@ -54,7 +54,7 @@ class Setting:
     kv_heads: int = 2
     documents: int = 4
     document_tokens: int = 512
-    turns: int = 15
+    turns: int = 21
 
 
 SMOKE = Setting(layers=2, hidden=64, inner=96, heads=4, documents=2, document_tokens=64, turns=2)
