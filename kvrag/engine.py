@@ -264,6 +264,19 @@ class Engine:
         """Run a function on the thread that owns the model and wait for its result."""
         return self._worker.call(function)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._worker.is_closed
+
+    def __copy__(self) -> Engine:
+        """The engine itself: what holds an engine and is copied shares it."""
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Engine:
+        """The engine itself."""
+        return self
+
     def close(self) -> None:
         """Cancel running answers and let go of the store's files."""
         self._worker.close()

@@ -28,6 +28,8 @@ from kvrag.messages import (
 )
 from kvrag.store.key import tagged_digest
 
+_MARK = "\u2063text\u2063"
+
 
 class Text:
     """A tokenizer that works piece by piece.
@@ -171,6 +173,29 @@ class Text:
     def grammars(self) -> Grammars:
         """Constraints compiled for this tokenizer."""
         return Grammars(self.tokenizer)
+
+    @cached_property
+    def opening(self) -> str:
+        """What the chat template writes before the text of a first message: what all conversations share.
+
+        Of a system message, where the template knows such. It ends before a date that the template writes,
+        because that is another one tomorrow; without a template it is empty.
+        """
+        if not self.has_template:
+            return ""
+        # In the template's own language: transformers hands no functions to templates.
+        dateless = f"{{% macro strftime_now(format) %}}{_MARK}{{% endmacro %}}"
+        for role in ("system", "user"):
+            try:
+                whole: str = self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": _MARK}],
+                    chat_template=dateless + self.tokenizer.get_chat_template(),
+                    tokenize=False,
+                )
+            except (TemplateError, LookupError, TypeError, ValueError):  # as in `render`
+                continue
+            return whole.partition(_MARK)[0]
+        return ""
 
     @property
     def has_template(self) -> bool:

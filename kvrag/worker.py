@@ -295,6 +295,11 @@ class Worker:
             done: T = end.value
             return done
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def close(self) -> None:
         """End the thread and wait for it; whoever waits for a result gets `EngineClosed`."""
         with self._lock:
