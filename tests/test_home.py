@@ -193,7 +193,7 @@ def test_an_ingest_interrupted_while_encoding_loses_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DiskStore, "put", interrupted)
+    monkeypatch.setattr(DiskStore, "put_many", interrupted)
     with pytest.raises(KeyboardInterrupt):
         put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY))
     monkeypatch.undo()
