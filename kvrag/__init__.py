@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
     from kvrag.answer import Answer as Answer
     from kvrag.answer import DocumentUse as DocumentUse
+    from kvrag.answer import Piece as Piece
     from kvrag.answer import Timing as Timing
+    from kvrag.answer import TokenLogprob as TokenLogprob
     from kvrag.answer import Usage as Usage
     from kvrag.config import Context as Context
     from kvrag.config import Sampling as Sampling
     from kvrag.corpus import Corpus as Corpus
-    from kvrag.engine import AnswerStream as AnswerStream
     from kvrag.engine import Engine as Engine
     from kvrag.errors import CacheMiss as CacheMiss
     from kvrag.errors import ConfigError as ConfigError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from kvrag.store.disk import DiskStore as DiskStore
     from kvrag.store.memory import MemoryStore as MemoryStore
     from kvrag.store.tenants import Tenant as Tenant
+    from kvrag.streams import AnswerStream as AnswerStream
 
     __version__ = version("kvrag")
 
@@ -81,6 +83,7 @@ __all__ = [
     "MemoryStore",
     "MissingExtra",
     "Model",
+    "Piece",
     "Policy",
     "PromptPlan",
     "RagPrompt",
@@ -89,16 +92,17 @@ __all__ = [
     "StoreWriteError",
     "Tenant",
     "Timing",
+    "TokenLogprob",
     "UnsupportedModel",
     "Usage",
     "__version__",
 ]
 
 _ROOMS = {
-    "answer": "Answer DocumentUse Timing Usage",
+    "answer": "Answer DocumentUse Piece Timing TokenLogprob Usage",
     "config": "Context Sampling",
     "corpus": "Corpus",
-    "engine": "AnswerStream Engine",
+    "engine": "Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
         DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
         MissingExtra StoreError StoreWriteError UnsupportedModel""",
@@ -113,6 +117,7 @@ _ROOMS = {
     "store.disk": "DiskStore",
     "store.memory": "MemoryStore",
     "store.tenants": "Tenant",
+    "streams": "AnswerStream",
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

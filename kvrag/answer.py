@@ -14,6 +14,42 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was to the model at its place, before anything shaped the choice.
+
+    Attributes:
+        token: its id.
+        text: what it says on its own; a special token's name, a replacement character for part of one.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens at this place, the best first, if they were asked for.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of an answer that became certain, and the tokens it is made of.
+
+    Pieces in order have the answer's text and its tokens, each of them once. A token comes with the piece
+    that completes its text; tokens that say nothing (the end mark) or whose text is no part of the answer (a
+    stop string) come last, in a piece that may have no text.
+
+    Attributes:
+        text: maybe empty in the last piece.
+        tokens: their ids.
+        logprobs: for each of the tokens; empty unless `Sampling.logprobs` asks for them.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentUse:
     """One document of a prompt.
 
@@ -69,7 +105,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that the steps of one answer took.
+    """Seconds that the steps of one answer took, those included in which others had their turns.
 
     Attributes:
         plan: finding the documents in the prompt, tokenising.
@@ -101,6 +137,7 @@ class Answer:
         policy: name of the policy.
         risk: signs that full attention might have answered otherwise.
         in_full: the documents were read in full because the risk was above the policy's limit.
+        logprobs: for each of the tokens; None unless `Sampling.logprobs` asks for them.
         trace: where the documents' rows came from, and why from there.
     """
 
@@ -114,4 +151,5 @@ class Answer:
     policy: str = "plain"
     risk: Risk | None = None
     in_full: bool = False
+    logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)

@@ -237,6 +237,7 @@ def run(
     reading: Reading,
     *,
     logits_to_keep: int = 1,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One forward pass whose attention is the reading's.
 
@@ -247,6 +248,7 @@ def run(
         positions: [B, T]; zeros, except while probing.
         reading: does the attention of every layer.
         logits_to_keep: logits of this many last tokens; 0 for all.
+        rows: [kept], int64: logits of these tokens instead.
 
     Returns:
         Logits, [B, kept, V].
@@ -254,10 +256,12 @@ def run(
     arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if forward.takes_keywords:
         arguments["kvrag"] = reading
-    if forward.takes_logits_to_keep and logits_to_keep:
-        # As indices: with a number, Gemma 4 leaves out the other rows already in layers that share keys.
+    if rows is None and logits_to_keep:
         last = ids.shape[1]
-        arguments["logits_to_keep"] = torch.arange(max(0, last - logits_to_keep), last, device=ids.device)
+        rows = torch.arange(max(0, last - logits_to_keep), last, device=ids.device)
+    if forward.takes_logits_to_keep and rows is not None:
+        # As indices: with a number, Gemma 4 leaves out the other rows already in layers that share keys.
+        arguments["logits_to_keep"] = rows
     with reading_with(reading):
         logits: torch.Tensor = model(**arguments).logits
-    return logits[:, -logits_to_keep:] if logits_to_keep else logits
+    return logits if rows is None or logits.shape[1] == len(rows) else logits[:, rows]

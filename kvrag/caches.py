@@ -6,14 +6,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from kvrag.choosing import NO_STORE, Chooser, Pair, Tokens, Wanted, runs_of
 from kvrag.costs import CostTable, check_recompute
 from kvrag.errors import StoreWriteError
 from kvrag.metrics import Metrics
 from kvrag.model import Model
-from kvrag.prefill import Run, encode_runs
+from kvrag.prefill import Read, Run, Work, alone, encode_runs, encoding_runs
 from kvrag.segments import KV
 from kvrag.speeds import Speeds
 from kvrag.store.base import KVStore
@@ -27,6 +27,8 @@ from kvrag.store.tiers import TieredStore
 from kvrag.trace import READ, RECOMPUTED, Choice, DocumentTrace, Trace
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_PREFIXES = 64
 
@@ -144,6 +146,17 @@ class Caches:
         contexts: Sequence[Tokens] | None = None,
         by_layer: bool = False,
     ) -> list[Loaded]:
+        """Load texts at once; see `loading`."""
+        return alone(self.model, self.loading(prefix, texts, contexts=contexts, by_layer=by_layer))
+
+    def loading(
+        self,
+        prefix: Tokens,
+        texts: Sequence[Tokens],
+        *,
+        contexts: Sequence[Tokens] | None = None,
+        by_layer: bool = False,
+    ) -> Work[list[Loaded]]:
         """Rows of texts behind a prefix, in order; a text that comes twice is loaded once.
 
         Args:
@@ -157,14 +170,14 @@ class Caches:
         wanted = self.chooser.wanted(prefix, keys)
         found = self._loaded(wanted, by_layer=by_layer and self.model.device.type == "cpu")
         missing = [pair for pair in wanted.keys if pair not in found]
-        start = time.perf_counter()
-        rows = self.encode(prefix, [tokens for _, tokens in missing], [context for context, _ in missing])
-        shares = self._count_encoded(prefix, missing, time.perf_counter() - start)
-        for pair, kv, seconds in zip(missing, rows, shares, strict=True):
+        encoding = self.encoding(prefix, [text for _, text in missing], [c for c, _ in missing])
+        rows, seconds = yield from _timed(encoding)
+        shares = self._count_encoded(prefix, missing, seconds)
+        for pair, kv, share in zip(missing, rows, shares, strict=True):
             choice = self.chooser.settled(wanted, pair)
             if not choice.recompute:
-                self._put(wanted.keys[pair], kv, seconds)
-            found[pair] = Loaded(self._as_kept(kv), False, None, choice, seconds)
+                self._put(wanted.keys[pair], kv, share)
+            found[pair] = Loaded(self._as_kept(kv), False, None, choice, share)
         return [found[pair] for pair in pairs]
 
     def prefetch(
@@ -276,6 +289,12 @@ class Caches:
     def encode(
         self, prefix: Tokens, texts: Sequence[Tokens], contexts: Sequence[Tokens] | None = None
     ) -> list[KV]:
+        """Read texts at once; see `encoding`."""
+        return alone(self.model, self.encoding(prefix, texts, contexts))
+
+    def encoding(
+        self, prefix: Tokens, texts: Sequence[Tokens], contexts: Sequence[Tokens] | None = None
+    ) -> Work[list[KV]]:
         """Read texts behind a prefix, without looking at the store.
 
         Texts that stand in each other's contexts, like the parts of one document, are read in one go: each
@@ -290,7 +309,8 @@ class Caches:
         if not texts:
             return []
         runs, places = runs_of(texts, contexts or [()] * len(texts))
-        rows = encode_runs(self.model, runs, self.prefix(prefix), token_budget=self.token_budget)
+        before = self.prefix(prefix)
+        rows = yield from encoding_runs(self.model, runs, before, token_budget=self.token_budget)
         return [rows[run][number] for run, number in places]
 
     def _as_kept(self, kv: KV) -> KV:
@@ -313,6 +333,19 @@ class Caches:
             if not self._has_warned:
                 logger.warning("answers go on without keeping new caches: %s", error)
             self._has_warned = True
+
+
+def _timed(work: Work[T]) -> Work[tuple[T, float]]:
+    """The same work and its seconds, without those of others that have their turns in between."""
+    seconds, outcome = 0.0, cast(Read, None)  # a generator is begun with None
+    while True:
+        start = time.perf_counter()
+        try:
+            ask = work.send(outcome)
+        except StopIteration as end:
+            return end.value, seconds + time.perf_counter() - start
+        seconds += time.perf_counter() - start
+        outcome = yield ask
 
 
 def _ahead_of(store: KVStore | None) -> Prefetch | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from kvrag.constrain import Constraint
 from kvrag.errors import ConfigError
 from kvrag.keys import read_key
 
@@ -27,6 +28,11 @@ class Sampling:
         seed: makes sampling repeatable; None draws one.
         stop: the answer ends before any of these texts; they are never part of it.
         ignore_eos: go on until `max_new_tokens`, for measurements.
+        logprobs: say for each token its log-probability, and this many of the likeliest tokens at its
+            place (0: none beside the token itself); None: nothing. They are the model's own distribution:
+            before temperature, penalties and all else that shapes the choice.
+        constraint: the form that the answer has to have (`kvrag.constrain`); once complete, it ends, with
+            `ignore_eos` too. None: any.
     """
 
     max_new_tokens: int = 256
@@ -38,6 +44,8 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -54,8 +62,14 @@ class Sampling:
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (self.repetition_penalty is None or self.repetition_penalty > 0, "above 0"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
             "seed": (self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
         }
+        if not isinstance(self.constraint, Constraint | None):
+            raise ConfigError(
+                f"constraint is a {type(self.constraint).__name__}; expected one of kvrag.constrain, such as "
+                "json_schema(...)"
+            )
         for name, (holds, allowed) in rules.items():
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected {allowed}")

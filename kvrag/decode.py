@@ -14,8 +14,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from kvrag.attention import Looking, Tables
 from kvrag.config import Sampling
 from kvrag.fresh import FreshRows
+from kvrag.grammars import Keeper
 from kvrag.model import Model
-from kvrag.prefill import Read, read
+from kvrag.prefill import Read, Want
 from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable
 
@@ -28,6 +29,8 @@ class Choice:
     criteria: StoppingCriteriaList
     do_sample: bool
     generator: torch.Generator | None
+    logprobs: int | None = None
+    keeper: Keeper | None = None
 
 
 def configuration(network: Any, sampling: Sampling) -> GenerationConfig:
@@ -50,6 +53,12 @@ def configuration(network: Any, sampling: Sampling) -> GenerationConfig:
     if sampling.repetition_penalty is not None:
         config.repetition_penalty = sampling.repetition_penalty
     return config
+
+
+def end_tokens(model: Model) -> tuple[int, ...]:
+    """Tokens that end an answer; maybe none."""
+    ends = model.network.generation_config.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (int(ends),)
 
 
 def choice(model: Model, prompt: Sequence[int], sampling: Sampling) -> Choice:
@@ -79,11 +88,14 @@ def choice(model: Model, prompt: Sequence[int], sampling: Sampling) -> Choice:
         attention_mask=torch.ones_like(ids),
         custom_generate=take,
     )
+    keeper = None
+    if sampling.constraint is not None:
+        keeper = model.text.grammars.keeper(sampling.constraint, end_tokens(model))
     generator = None
     if config.do_sample:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         generator = torch.Generator(device=model.device).manual_seed(seed)
-    return Choice(processors, criteria, bool(config.do_sample), generator)
+    return Choice(processors, criteria, bool(config.do_sample), generator, sampling.logprobs, keeper)
 
 
 # On two CPU cores: what one more segment costs a layer in calls, and how fast rows are turned and copied.
@@ -109,6 +121,9 @@ class _Rent:
         return self._paid >= self._price
 
 
+Ranked = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One decoded token.
@@ -120,6 +135,8 @@ class Step:
         documents: [S], number of the document that each segment is, None for the prefix.
         columns: attention to single rows of each segment, by layer, where it was asked for.
         is_last: a stopping criterion holds.
+        logprobs: the token and then the likeliest tokens, with their log-probabilities, where asked for.
+        is_complete: the answer has the form that it was to have.
     """
 
     token: int
@@ -128,6 +145,67 @@ class Step:
     documents: tuple[int | None, ...]
     columns: Mapping[int, list[torch.Tensor]]
     is_last: bool
+    logprobs: Ranked = ()
+    is_complete: bool = False
+
+
+class Chooser:
+    """Chooses an answer's tokens, one after the other."""
+
+    def __init__(self, chosen: Choice, prompt: Sequence[int], *, device: torch.device) -> None:
+        """Choose what follows a prompt.
+
+        Args:
+            chosen: from `choice`.
+            prompt: all its tokens, in order.
+            device: of the model.
+        """
+        self._chosen = chosen
+        self._ids: Any = torch.tensor([list(prompt)], device=device)  # transformers asks for a LongTensor
+
+    def step(self, last: Read, documents: tuple[int | None, ...]) -> Step:
+        """Choose by the last row that was read.
+
+        Args:
+            last: what reading it gave.
+            documents: of its segments, see `Step`.
+        """
+        chosen, raw = self._chosen, last.logits[-1:].float()
+        # The mask comes first: of what is left, the likeliest are taken.
+        possible = raw.clone() if chosen.keeper is None else chosen.keeper.mask(raw)
+        scores = chosen.processors(self._ids, possible)
+        if chosen.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=chosen.generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self._ids = torch.cat((self._ids, token), dim=1)
+        if chosen.keeper is not None:
+            chosen.keeper.take(int(token))
+        is_complete = chosen.keeper is not None and chosen.keeper.is_complete
+        return Step(
+            int(token),
+            last.mass[..., -1],
+            last.focus[..., -1],
+            documents,
+            last.columns,
+            is_complete or bool(chosen.criteria(self._ids, scores).all()),
+            () if chosen.logprobs is None else ranked(raw[0], int(token), chosen.logprobs),
+            is_complete,
+        )
+
+
+def ranked(logits: torch.Tensor, token: int, num_top: int) -> Ranked:
+    """A token and the likeliest ones, best first, with their log-probabilities.
+
+    Args:
+        logits: [V], float32, as the model gives them.
+        token: the one that was chosen.
+        num_top: how many of the likeliest.
+    """
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(num_top, len(logprobs)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return (token, float(logprobs[token])), *pairs
 
 
 def _is_copyable(table: SegmentTable) -> bool:
@@ -180,12 +258,12 @@ class Behind:
             if self.fresh.standing:  # only in the copy do they count as their documents' rows
                 self._rent = _Rent(SegmentTable(), 0)
 
-    def read(self, model: Model, token: int, position: int) -> Read:
-        """Read one more token."""
+    def want(self, token: int, position: int) -> Want:
+        """One more token, to be read."""
         if self._rent is not None and self._rent.is_spent() and isinstance(self._tables, SegmentTable):
             self.fresh = self.fresh.behind(self._tables, self._specs)
             self._tables, self._rent = SegmentTable(), None
-        return read(model, self._tables, [token], [position], self.fresh, looking=self._looking)
+        return Want(self._tables, [token], [position], self.fresh, self._looking)
 
 
 def steps(
@@ -198,7 +276,7 @@ def steps(
     *,
     position: int,
 ) -> Iterator[Step]:
-    """Decode token by token.
+    """Decode token by token, every token in a pass of its own.
 
     Args:
         model: the decoder.
@@ -212,17 +290,11 @@ def steps(
     Yields:
         Tokens in order; the last one has `is_last` set.
     """
-    ids: Any = torch.tensor([list(prompt)], device=model.device)  # transformers asks for a LongTensor
+    chooser = Chooser(chosen, prompt, device=model.device)
     while True:
-        scores = chosen.processors(ids, last.logits[-1:].float())
-        if chosen.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=chosen.generator)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        ids = torch.cat((ids, token), dim=1)
-        is_last = bool(chosen.criteria(ids, scores).all())
-        yield Step(int(token), last.mass[..., -1], last.focus[..., -1], documents, last.columns, is_last)
-        if is_last:
+        step = chooser.step(last, documents)
+        yield step
+        if step.is_last:
             return
-        last, documents = behind.read(model, int(token), position), behind.documents
+        last, documents = behind.want(step.token, position).read(model), behind.documents
         position += 1

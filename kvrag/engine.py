@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from kvrag.caches import Caches
 from kvrag.config import Sampling
 from kvrag.costs import CostTable
 from kvrag.errors import (
+    ConfigError,
     DocumentTooLong,
     EmptyDocument,
     GenerationCancelled,
@@ -20,8 +22,10 @@ from kvrag.errors import (
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.matching import ChunkMatcher
+from kvrag.messages import Message, Tool
 from kvrag.metrics import Snapshot
 from kvrag.model import READER, Model
+from kvrag.passes import Passes
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
@@ -30,59 +34,20 @@ from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.tenants import Tenant
 from kvrag.stores import Ahead, open_store
-from kvrag.text import Message, joined_tokens
-from kvrag.worker import Stream, Worker
+from kvrag.streams import AnswerStream
+from kvrag.text import joined_tokens
+from kvrag.worker import Worker
 
 T = TypeVar("T")
 Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher
-
-
-class AnswerStream:
-    """Text of an answer as it is written; iterate it, or iterate it with `async for`.
-
-    `answer` is set once the text is complete. Leaving a `with` block, dropping the stream or calling
-    `cancel` stops the answer.
-    """
-
-    def __init__(self, stream: Stream[str | Answer]) -> None:
-        """Wrap the worker's stream."""
-        self._stream = stream
-        self.answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text, in order."""
-        for event in self._stream:
-            if isinstance(event, Answer):
-                self.answer = event
-            else:
-                yield event
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces of text without blocking the event loop."""
-        async for event in self._stream:
-            if isinstance(event, Answer):
-                self.answer = event
-            else:
-                yield event
-
-    def cancel(self) -> None:
-        """Stop after the current token; a waiting iteration ends with `GenerationCancelled`."""
-        self._stream.cancel()
-
-    def __enter__(self) -> AnswerStream:
-        """Cancel on exit."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop the answer."""
-        self.cancel()
 
 
 class Engine:
     """Answers prompts whose documents it has read before.
 
     One engine serves many callers: the model runs in one thread of the engine's, and answers that run at
-    the same time take turns token by token.
+    the same time are read together, one forward pass for the next token of each. They join and leave between
+    two tokens; a long prompt is read piece by piece in between.
     """
 
     def __init__(
@@ -99,6 +64,8 @@ class Engine:
         memory_bytes: int | None = None,
         objects: str | None = None,
         budget_bytes: int | None = None,
+        max_batch: int = 16,
+        pass_tokens: int | None = None,
     ) -> None:
         """Serve a loaded model.
 
@@ -115,9 +82,14 @@ class Engine:
                 on a GPU; on a CPU it holds what comes from `objects` where there is no folder.
             objects: URL of a bucket behind the store, such as "s3://bucket/prefix".
             budget_bytes: what the entries of a store that is given as a folder may take.
+            max_batch: most answers under way; more wait until one of these is complete, first come, first
+                served. Bounds the memory that answers take.
+            pass_tokens: most tokens of prompts that are read in one pass with other answers' tokens, which
+                wait for it that long; None: 128 on a CPU, 1024 elsewhere. A prompt whose documents are pruned
+                while its question is read, or looked at closely, is read in passes of 2048.
 
         Raises:
-            ConfigError: no policy, or no codec, has this name, or tiers that cannot be.
+            ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be.
         """
         self.model = model
         self.policy = preset(policy) if isinstance(policy, str) else policy
@@ -139,7 +111,12 @@ class Engine:
         )
         self.codec = codec
         self.tenant = tenant
-        self._worker = Worker(f"kvrag {model.name}")
+        usual = 128 if model.device.type == "cpu" else 1024
+        self.pass_tokens = usual if pass_tokens is None else pass_tokens
+        if max_batch < 1 or self.pass_tokens < 1:
+            raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
+        passes = Passes(model, self.pass_tokens)
+        self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
 
     @classmethod
     def from_pretrained(
@@ -159,6 +136,8 @@ class Engine:
         memory_bytes: int | None = None,
         objects: str | None = None,
         budget_bytes: int | None = None,
+        max_batch: int = 16,
+        pass_tokens: int | None = None,
         **options: Any,
     ) -> Engine:
         """Load a transformers decoder and its tokenizer; see `Model.load` and the class for arguments.
@@ -180,6 +159,8 @@ class Engine:
             memory_bytes=memory_bytes,
             objects=objects,
             budget_bytes=budget_bytes,
+            max_batch=max_batch,
+            pass_tokens=pass_tokens,
         )
 
     def answer(
@@ -266,7 +247,44 @@ class Engine:
             sources or {},
             ahead,
         )
-        return AnswerStream(self._worker.submit(lambda: answer(self._caches, request)))
+        work = partial(answer, self._caches, request, stride=self.pass_tokens)
+        return AnswerStream(self._worker.submit(work, in_line=True))
+
+    def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[AnswerStream]:
+        """Answer several prompts together: for each, what `stream` gives.
+
+        Args:
+            requests: for each, arguments of `stream` by name: `prompt`, and others where they are wanted.
+
+        Raises:
+            InputError: one of them cannot be used as given; none is answered then.
+        """
+        streams: list[AnswerStream] = []
+        try:
+            for request in requests:
+                streams.append(self.stream(**request))
+        except Exception:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[str | Mapping[str, str]] | None = None,
+    ) -> str:
+        """A conversation as the model's template writes it, up to where the answer begins; see `Text.render`.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses these messages.
+        """
+        return self.model.text.render(messages, tools, documents)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as it would stand in a prompt, without anything in front of it."""
+        return len(self.model.text.tokenize(text))
 
     def prefetch(
         self,
@@ -352,6 +370,19 @@ class Engine:
         """Run a function on the thread that owns the model and wait for its result."""
         return self._worker.call(function)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._worker.is_closed
+
+    def __copy__(self) -> Engine:
+        """The engine itself: what holds an engine and is copied shares it."""
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Engine:
+        """The engine itself."""
+        return self
+
     def close(self) -> None:
         """Cancel running answers and let go of the store's files."""
         self._worker.close()
@@ -420,4 +451,4 @@ class DocumentEncoder:
                     f"text {i} has {len(tokens)} tokens{f' behind {len(context)}' if context else ''} and "
                     f"{self.max_tokens} fit behind the prefix; split it"
                 )
-        return self._worker.call(lambda: self._caches.encode(self._prefix, texts, contexts))
+        return self._worker.do(lambda: self._caches.encoding(self._prefix, texts, contexts))

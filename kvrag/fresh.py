@@ -57,6 +57,10 @@ class FreshRows:
         self._counts[layer] = end
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
+    def cut(self, num_rows: int) -> None:
+        """Forget what a pass that failed added to some layers behind the first `num_rows`."""
+        self._counts = [min(count, num_rows) for count in self._counts]
+
     @property
     def num_rows(self) -> int:
         """Rows of the first layer."""

@@ -16,8 +16,9 @@ from kvrag.focus.pruning import Pruning
 from kvrag.focus.scoring import among, depth_of
 from kvrag.focus.together import groups_of
 from kvrag.model import Model
-from kvrag.prefill import read_first
+from kvrag.prefill import Work, alone, read_first
 from kvrag.room import place
+from kvrag.worker import PAUSE
 
 Numbers = tuple[int, ...]
 
@@ -48,6 +49,11 @@ class Rounds:
 
 
 def rounds(model: Model, arrangement: Arrangement, policy: Policy, capacity: int) -> Rounds:
+    """Run all heats at once; see `running`."""
+    return alone(model, running(model, arrangement, policy, capacity))
+
+
+def running(model: Model, arrangement: Arrangement, policy: Policy, capacity: int) -> Work[Rounds]:
     """Rounds of heats until the documents left fit into the window; none if they do already.
 
     Documents of which no two fit together are left as they are, to share positions.
@@ -66,7 +72,7 @@ def rounds(model: Model, arrangement: Arrangement, policy: Policy, capacity: int
     while runner.span(found.arrangement.units) > room:
         room = max(1, int(capacity * runner.heats.fill))
         entered = found
-        found = runner.round(found, room)
+        found = yield from runner.round(found, room)
         if found is entered:
             break
     if not found.heats:
@@ -110,7 +116,7 @@ class _Runner:
         """Positions that documents take side by side."""
         return self.policy.placement.span([unit.length for unit in units])
 
-    def round(self, entered: Rounds, room: int) -> Rounds:
+    def round(self, entered: Rounds, room: int) -> Work[Rounds]:
         """One round over all that are left; what entered, if no heat has two who could be compared.
 
         Args:
@@ -129,6 +135,7 @@ class _Runner:
         heats = []
         for group in groups:
             numbers = sorted(unit.number for i in group for unit in entrants[i])
+            yield PAUSE
             best_first, mass = self.heat(entered.arrangement.only(numbers))
             winners = self.heats.num_winners(len(group), self.keep, share)
             left |= {number for entrant in best_first[:winners] for number in entrant}

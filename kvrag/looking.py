@@ -16,9 +16,9 @@ from kvrag.focus.pruning import Pruning
 from kvrag.focus.repair import Evidence, Repair
 from kvrag.focus.risk import Risk, risk
 from kvrag.fresh import FreshRows
-from kvrag.heats import rounds
+from kvrag.heats import running
 from kvrag.model import Model
-from kvrag.prefill import Read, read_first, read_prompt
+from kvrag.prefill import STRIDE, Read, Work, alone, read_first, reading_prompt
 from kvrag.room import Room, place
 from kvrag.segments import SegmentTable
 
@@ -58,6 +58,18 @@ class Look:
 
 
 def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_tokens: int = 1) -> Look:
+    """Read a question at once; see `looking`."""
+    return alone(model, looking(model, arrangement, policy, max_new_tokens=max_new_tokens))
+
+
+def looking(
+    model: Model,
+    arrangement: Arrangement,
+    policy: Policy,
+    *,
+    max_new_tokens: int = 1,
+    stride: int = STRIDE,
+) -> Work[Look]:
     """Read a question under a policy.
 
     Args:
@@ -65,52 +77,63 @@ def look(model: Model, arrangement: Arrangement, policy: Policy, *, max_new_toke
         arrangement: the prompt, documents in retrieval order.
         policy: what to do with them.
         max_new_tokens: positions to leave for the answer where documents have to share.
+        stride: most fresh tokens of a pass, where nothing hangs on what they all look at.
 
     Raises:
         ContextOverflow: question and prefix, or one document, do not fit into the positions.
     """
     room = Room.of(arrangement, policy.placement, model.max_length, max_new_tokens)
-    heats = rounds(model, arrangement, policy, room.capacity)
+    heats = yield from running(model, arrangement, policy, room.capacity)
     if not heats.heats:
-        return _look(model, arrangement, policy, room)
+        return (yield from _look(_Reader(model, policy, room, stride), arrangement))
     left = heats.arrangement
     room = Room.of(left, policy.placement, model.max_length, max_new_tokens)
-    found = _look(model, left, heats.policy, room)
+    found = yield from _look(_Reader(model, heats.policy, room, stride), left)
     found.focus.dropped_at.update(heats.dropped_at)
     return replace(found, question_mass={**heats.question_mass, **found.question_mass})
 
 
-def _look(model: Model, arrangement: Arrangement, policy: Policy, room: Room) -> Look:
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What all readings of a question have in common."""
+
+    model: Model
+    policy: Policy
+    room: Room
+    stride: int
+
+
+def _look(reader: _Reader, arrangement: Arrangement) -> Work[Look]:
     """The same over documents that have been through their heats, or need none."""
-    arranged, placed = place(arrangement, policy.placement, room.capacity)
+    policy = reader.policy
+    arranged, placed = place(arrangement, policy.placement, reader.room.capacity)
     repair = policy.repair if arranged.units else None
     if repair is None or repair.needs_question or policy.pruning is not None:
-        found = _read(model, arranged, placed, policy, room, policy.pruning, repair)
+        found = yield from _read(reader, arranged, placed, policy.pruning, repair)
         if repair is not None:
-            found = _mend(model, arranged, found, policy, room, repair)
+            found = yield from _mend(reader, arranged, found, repair)
     else:
-        found = _read_mended(model, arranged, placed, policy, room, repair, {})
+        found = yield from _read_mended(reader, arranged, repair, {})
     if policy.max_risk is not None and found.risk.value > policy.max_risk and arrangement.units:
-        return _in_full(model, arrangement, policy, room, found)
+        return (yield from _in_full(reader, arrangement, found))
     return found
 
 
 def _read(
-    model: Model,
+    reader: _Reader,
     arrangement: Arrangement,
     placed: Placed,
-    policy: Policy,
-    room: Room,
     pruning: Pruning | None,
     repair: Repair | None = None,
-) -> Look:
+) -> Work[Look]:
     """Read the fresh tokens once."""
+    model, policy = reader.model, reader.policy
     focus = Focus(
         arrangement,
         placed,
         placement=policy.placement,
         pruning=pruning,
-        capacity=room.capacity,
+        capacity=reader.room.capacity,
         num_layers=model.num_layers,
     )
     composed = arrangement.composed()
@@ -122,14 +145,14 @@ def _read(
         from_row = len(composed.tokens) - 1
     fresh = FreshRows(model.num_layers)
     fresh.standing = {s.document: s.first_row for s in composed.table if s.document is not None and s.hidden}
-    found = read_prompt(
-        model,
+    found = yield from reading_prompt(
         composed.table,
         composed.tokens,
         composed.positions,
         fresh,
         tables=focus,
         looking=Looking(policy.group, layers, from_row),
+        stride=STRIDE if pruning is not None or layers else reader.stride,
     )
     columns = {layer: _by_document(composed, values) for layer, values in found.columns.items()}
     documents = [i for i, s in enumerate(composed.table) if s.document is not None]
@@ -160,47 +183,31 @@ def _by_document(composed: Composed, columns: list[torch.Tensor]) -> dict[int, t
     return {segment.document: c for segment, c in pairs if segment.document is not None}
 
 
-def _mend(
-    model: Model, arrangement: Arrangement, found: Look, policy: Policy, room: Room, repair: Repair
-) -> Look:
+def _mend(reader: _Reader, arrangement: Arrangement, found: Look, repair: Repair) -> Work[Look]:
     """Read the question again over the survivors, at their last places, with some of their rows anew."""
     focus = found.focus
     placed = {number: start for number, start in focus.starts().items() if number in focus.kept}
     kept = arrangement.only(focus.kept).placed(placed, arrangement.query).in_order()
-    again = _read_mended(
-        model,
-        kept,
-        Placed(tuple(unit.start for unit in kept.units), kept.query),
-        policy,
-        room,
-        repair,
-        found.columns,
-    )
+    again = yield from _read_mended(reader, kept, repair, found.columns)
     return replace(again, focus=focus, columns=found.columns, question_mass=found.question_mass)
 
 
-def _read_mended(
-    model: Model,
-    arrangement: Arrangement,
-    placed: Placed,
-    policy: Policy,
-    room: Room,
-    repair: Repair,
-    columns: Columns,
-) -> Look:
+def _read_mended(reader: _Reader, arrangement: Arrangement, repair: Repair, columns: Columns) -> Work[Look]:
     """Choose rows, and read them and the question."""
-    evidence = Evidence(lambda layer: deviations(model, arrangement, layer), columns)
+    evidence = Evidence(lambda layer: deviations(reader.model, arrangement, layer), columns)
     mended = arrangement.again(repair.rows(arrangement, evidence))
-    return _read(model, mended, placed, policy, room, None)
+    placed = Placed(tuple(unit.start for unit in arrangement.units), arrangement.query)
+    return (yield from _read(reader, mended, placed, None))
 
 
-def _in_full(model: Model, arrangement: Arrangement, policy: Policy, room: Room, found: Look) -> Look:
+def _in_full(reader: _Reader, arrangement: Arrangement, found: Look) -> Work[Look]:
     """Read every document anew, if they all fit as the prompt has them; else what was found stays."""
-    if sum(unit.length for unit in arrangement.units) > room.capacity:
+    if sum(unit.length for unit in arrangement.units) > reader.room.capacity:
         return found
     whole = arrangement.again({u.number: range(u.kv.num_tokens) for u in arrangement.units})
     placed = Placed(tuple(u.start for u in whole.units), whole.query)
-    full = _read(model, whole, placed, replace(policy, group=None), room, None)
+    plain = replace(reader, policy=replace(reader.policy, group=None))
+    full = yield from _read(plain, whole, placed, None)
     return replace(full, risk=found.risk, question_mass=found.question_mass, in_full=True)
 
 

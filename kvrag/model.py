@@ -142,11 +142,18 @@ class Model:
         """L."""
         return len(self.specs)
 
-    def run(self, ids: torch.Tensor, reading: backbone.Reading, *, logits_to_keep: int = 1) -> torch.Tensor:
+    def run(
+        self,
+        ids: torch.Tensor,
+        reading: backbone.Reading,
+        *,
+        logits_to_keep: int = 1,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One forward pass at position zero; see `kvrag.backbone.run`."""
         positions = torch.zeros_like(ids)
         return backbone.run(
-            self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep
+            self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep, rows=rows
         )
 
     def fingerprint(

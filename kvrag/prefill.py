@@ -1,10 +1,15 @@
-"""Reading known tokens: texts behind a prefix, and a prompt's fresh tokens over a segment table."""
+"""Reading known tokens: texts behind a prefix, and a prompt's fresh tokens over a segment table.
+
+What takes several passes is written as a generator that asks for them (`Work`), so that whoever runs it can
+read for others in between or in the same pass; `alone` runs it at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -13,6 +18,47 @@ from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.rotary import LayerSpec, rotate
 from kvrag.segments import KV, LayerKV, SegmentTable
+from kvrag.worker import PAUSE, Ask
+
+STRIDE = 2048
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Want(Ask):
+    """Tokens that a request wants read over its own rows; see `read` for the attributes.
+
+    The last token's logits are what comes back, with masses of all rows.
+    """
+
+    table: SegmentTable | Tables
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    fresh: FreshRows
+    looking: Looking | None = None
+
+    def read(self, model: Model) -> Read:
+        """Read them in a pass of their own."""
+        return read(model, self.table, self.tokens, self.positions, self.fresh, looking=self.looking)
+
+
+Work: TypeAlias = "Generator[Ask, Read, T]"
+
+
+def alone(model: Model, work: Work[T]) -> T:
+    """Do work in one go, every pass on its own.
+
+    Raises:
+        Exception: what the work raises; it has come to its end then.
+    """
+    try:
+        ask = next(work)
+        while True:
+            # An answer to a pause is not looked at.
+            ask = work.send(ask.read(model) if isinstance(ask, Want) else _NOTHING)
+    except StopIteration as end:
+        done: T = end.value
+        return done
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -71,6 +117,13 @@ def encode(
 def encode_runs(
     model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
 ) -> list[list[KV]]:
+    """Read runs at once; see `encoding_runs`."""
+    return alone(model, encoding_runs(model, runs, prefix, token_budget=token_budget))
+
+
+def encoding_runs(
+    model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
+) -> Work[list[list[KV]]]:
     """Read runs independently of each other, each right behind the prefix and each token once.
 
     Rows of a text are those it has behind the prefix and the tokens of its run before it. Its keys are
@@ -89,7 +142,11 @@ def encode_runs(
     for batch in batches([len(run.tokens) for run in runs], token_budget):
         some = [runs[i] for i in batch]
         is_long = len(some[0].tokens) > token_budget
-        rows = _in_strides(model, some[0], prefix, token_budget) if is_long else _rows(model, some, prefix)
+        if is_long:
+            rows = yield from _in_strides(model, some[0], prefix, token_budget)
+        else:
+            rows = _rows(model, some, prefix)
+            yield PAUSE
         for place, i in enumerate(batch):
             found[i] = [_text(model.specs, rows, place, runs[i].tokens, *text) for text in runs[i].texts]
     return [found[i] for i in range(len(runs))]
@@ -110,13 +167,14 @@ def _rows(model: Model, runs: Sequence[Run], prefix: KV | None) -> _RawRows:
     return reading.kept
 
 
-def _in_strides(model: Model, run: Run, prefix: KV | None, stride: int) -> _RawRows:
+def _in_strides(model: Model, run: Run, prefix: KV | None, stride: int) -> Work[_RawRows]:
     """The same for one run, so that memory does not grow with the square of it."""
     read: list[_RawRows] = []
     for start in range(0, len(run.tokens), stride):
         piece = Run(run.tokens[start : start + stride], ())
         read.append(_rows(model, [piece], prefix))
         prefix = _extended(model.specs, prefix, piece.tokens, read[-1])
+        yield PAUSE
     return [
         (torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2))
         for layer in zip(*read, strict=True)
@@ -178,6 +236,9 @@ class Read:
     columns: dict[int, list[torch.Tensor]]
 
 
+_NOTHING = Read(torch.empty(0), torch.empty(0), torch.empty(0), {})
+
+
 def read_prompt(
     model: Model,
     table: SegmentTable,
@@ -187,14 +248,28 @@ def read_prompt(
     *,
     tables: Tables | None = None,
     looking: Looking | None = None,
-    stride: int = 2048,
+    stride: int = STRIDE,
 ) -> Read:
+    """Read a prompt's fresh tokens at once; see `reading_prompt`."""
+    work = reading_prompt(table, tokens, positions, fresh, tables=tables, looking=looking, stride=stride)
+    return alone(model, work)
+
+
+def reading_prompt(
+    table: SegmentTable,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    fresh: FreshRows,
+    *,
+    tables: Tables | None = None,
+    looking: Looking | None = None,
+    stride: int = STRIDE,
+) -> Work[Read]:
     """Read a prompt's fresh tokens in strides, so that memory does not grow with the square of the prompt.
 
     What depends on the attention of the question (pruning, columns) happens in the last stride.
 
     Args:
-        model: the decoder.
         table: what was read before; a segment's `first_row` counts rows of `tokens`.
         tokens: at least one, in prompt order.
         positions: of the tokens.
@@ -211,13 +286,12 @@ def read_prompt(
     last = (len(tokens) - 1) // stride * stride
     for start in range(0, last, stride):
         end = start + stride
-        reads.append(
-            read(model, table.seen_from(start), tokens[start:end], positions[start:end], fresh, looking=group)
-        )
+        seen = table.seen_from(start)
+        reads.append((yield Want(seen, tokens[start:end], positions[start:end], fresh, group)))
     if looking:
         looking = replace(looking, from_row=max(0, looking.from_row - last))
     late = table.seen_from(last) if tables is None else _Late(tables, last)
-    reads.append(read(model, late, tokens[last:], positions[last:], fresh, looking=looking))
+    reads.append((yield Want(late, tokens[last:], positions[last:], fresh, looking)))
     mass, focus = (
         torch.cat(parts, dim=-1) for parts in zip(*((r.mass, r.focus) for r in reads), strict=True)
     )
@@ -263,12 +337,23 @@ def read(
     reading = TableReading(model.specs, tables, fresh, positions, device=model.device, looking=looking)
     ids = torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
     logits = model.run(ids, reading, logits_to_keep=logits_to_keep)
-    fresh.positions.extend(positions)
+    return found_by(reading, logits[0], positions)
+
+
+def found_by(reading: TableReading, logits: torch.Tensor, positions: Sequence[int]) -> Read:
+    """What a pass gave; notes that its rows are there now.
+
+    Args:
+        reading: of this request in that pass.
+        logits: [kept, V].
+        positions: of the tokens that were read.
+    """
+    reading.fresh.positions.extend(positions)
     if reading.mass:
         mass, focus = torch.stack(reading.mass), torch.stack(reading.focus)
-        return Read(logits[0], mass, focus, reading.columns)
-    nothing = logits.new_zeros((model.num_layers, 0, len(tokens)), dtype=torch.float32)
-    return Read(logits[0], nothing, nothing, {})
+        return Read(logits, mass, focus, reading.columns)
+    nothing = logits.new_zeros((len(reading.specs), 0, len(positions)), dtype=torch.float32)
+    return Read(logits, nothing, nothing, {})
 
 
 class _Enough(Exception):

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Protocol
 
-from kvrag.answer import Answer, DocumentUse, Timing, Usage
+from kvrag.answer import Answer, DocumentUse, Piece, Timing, Usage
 from kvrag.attention import Looking
 from kvrag.caches import Caches, Loaded
 from kvrag.choosing import Tokens
 from kvrag.citations import Attention, Span
 from kvrag.compose import compose
 from kvrag.config import Sampling
-from kvrag.decode import Behind, Step, choice, steps
+from kvrag.decode import Behind, Chooser, Step, choice, end_tokens
 from kvrag.errors import CacheMiss, ContextOverflow, InputError
 from kvrag.focus.policy import PLAIN, Policy, SecondLook
 from kvrag.focus.pruning import Pruning
 from kvrag.focus.together import groups_of, scores_of
-from kvrag.looking import Look, look
+from kvrag.looking import Look, looking
 from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
 from kvrag.plan import PromptPlan, plan
-from kvrag.text import Decoding, joined_tokens
+from kvrag.prefill import STRIDE, Read, Work
+from kvrag.text import joined_tokens
+from kvrag.worker import Ask
+from kvrag.written import Written
 
 _WITH_SPANS = 3
 
@@ -64,11 +68,13 @@ class Closes(Protocol):
         ...
 
 
-def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
+def answer(
+    caches: Caches, request: Request, *, stride: int = STRIDE
+) -> Generator[Piece | Answer | Ask, Read, None]:
     """The answer, counted; what was read ahead for it ends with it. See `_answer`."""
     outcome = "cancelled"
     try:
-        yield from _answer(caches, request)
+        yield from _answer(caches, request, stride)
         outcome = "answers"
     finally:
         caches.metrics.add(outcome)
@@ -76,8 +82,13 @@ def answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
             request.ahead.close()
 
 
-def _answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
-    """Pieces of text as they become certain, then the finished answer.
+def _answer(caches: Caches, request: Request, stride: int) -> Generator[Piece | Answer | Ask, Read, None]:
+    """Pieces of text as they become certain, then the finished answer; in between, what is to be read.
+
+    Args:
+        caches: of the model.
+        request: what is asked.
+        stride: most fresh tokens of a pass, see `kvrag.looking.looking`.
 
     Raises:
         InputError: the prompt is empty, or the tokenizer makes nothing of it.
@@ -88,52 +99,55 @@ def _answer(caches: Caches, request: Request) -> Iterator[str | Answer]:
     planned = _plan(model, request)
     _check(model, planned, policy)
     clock.lap("plan")
-    loaded, looked = _look(caches, request, planned, clock)
+    loaded, looked = yield from _look(caches, request, planned, clock, stride)
     sampling = _within(model, looked, request)
     chosen = choice(model, planned.tokens, sampling)
     asked = Looking(policy.group, frozenset(range(model.num_layers)) if policy.spans else frozenset())
-    looking = asked if policy.group or policy.spans else None
+    closely = asked if policy.group or policy.spans else None
     behind = Behind(
-        looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=looking
+        looked.tables.seen_from(looked.fresh.num_rows), looked.fresh, model.specs, looking=closely
     )
     second = _SecondLook(policy, looked, behind, _sources(request, planned))
-    decoding = Decoding(model.text, sampling.stop)
+    written = Written(model.text, sampling.stop)
     attention = Attention()
-    tokens: list[int] = []
-    documents = tuple(s.document for s in looked.composed.table)
-    for step in steps(
-        model, behind, planned.tokens, looked.read, documents, chosen, position=looked.composed.end
-    ):
-        if not tokens:
+    chooser = Chooser(chosen, planned.tokens, device=model.device)
+    read, documents = looked.read, tuple(s.document for s in looked.composed.table)
+    for position in count(looked.composed.end):
+        step = chooser.step(read, documents)
+        if not written.tokens:
             clock.lap("prefill")
-        tokens.append(step.token)
+        piece = written.add(step.token, step.logprobs)
         attention.add(step.documents, step.mass, step.focus, step.columns)
         second.note(step)
-        if piece := decoding.push(step.token):
+        if piece is not None:
             yield piece
-        if step.is_last or decoding.stopped:
+        if step.is_last or written.stopped:
             break
-    if rest := decoding.finish():
+        read, documents = (yield behind.want(step.token, position)), behind.documents
+    if (rest := written.finish()) is not None:
         yield rest
-    ended_early = decoding.stopped or _is_end(model, tokens[-1], sampling)
+    ended_early = written.stopped or _ended_early(model, step, sampling)
     uses = _uses(model, planned, loaded, looked, attention, behind)
     caches.settle(loaded)
     yield Answer(
-        decoding.text,
-        tuple(tokens),
+        written.text,
+        tuple(written.tokens),
         "stop" if ended_early else "length",
         uses,
-        _usage(planned, loaded, looked, len(tokens)),
+        _usage(planned, loaded, looked, len(written.tokens)),
         clock.timing(),
         planned,
         policy.name,
         looked.risk,
         looked.in_full,
+        None if sampling.logprobs is None else tuple(written.logprobs),
         caches.trace([span.key for span in planned.cached], loaded, planned.num_tokens),
     )
 
 
-def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) -> tuple[list[Loaded], Look]:
+def _look(
+    caches: Caches, request: Request, planned: PromptPlan, clock: _Clock, stride: int
+) -> Work[tuple[list[Loaded], Look]]:
     """Load the documents and read the question.
 
     Layers are loaded as they are needed, so damage shows in the middle of reading: the entry is set aside
@@ -144,7 +158,7 @@ def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) 
     behind = prefix_tokens(caches.model, request)
     texts = [span.tokens for span in planned.cached]
     while True:
-        loaded = caches.documents(
+        loaded = yield from caches.loading(
             behind, texts, by_layer=tries_by_layer > 0, contexts=_contexts(caches, request, planned)
         )
         prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
@@ -153,7 +167,8 @@ def _look(caches: Caches, request: Request, planned: PromptPlan, clock: _Clock) 
         )
         clock.lap("load")
         try:
-            looked = look(caches.model, arrangement, policy, max_new_tokens=request.sampling.max_new_tokens)
+            room = request.sampling.max_new_tokens
+            looked = yield from looking(caches.model, arrangement, policy, max_new_tokens=room, stride=stride)
             if policy.second_look is not None:
                 for segment in looked.everyone:
                     _ = list(segment.kv.layers)  # a damaged layer is to show now
@@ -285,9 +300,9 @@ def _within(model: Model, looked: Look, request: Request) -> Sampling:
     return replace(request.sampling, max_new_tokens=min(request.sampling.max_new_tokens, room))
 
 
-def _is_end(model: Model, token: int, sampling: Sampling) -> bool:
-    ends = model.network.generation_config.eos_token_id
-    return not sampling.ignore_eos and token in (ends if isinstance(ends, list) else [ends])
+def _ended_early(model: Model, last: Step, sampling: Sampling) -> bool:
+    """At an end mark, or because the form that was asked for is complete."""
+    return last.is_complete or (not sampling.ignore_eos and last.token in end_tokens(model))
 
 
 def _uses(

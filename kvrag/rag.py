@@ -10,13 +10,14 @@ from kvrag.answer import Answer, DocumentUse
 from kvrag.citations import Span
 from kvrag.config import Sampling
 from kvrag.corpus import Corpus
-from kvrag.engine import AnswerStream, Engine
+from kvrag.engine import Engine
 from kvrag.errors import ConfigError, GenerationCancelled, InputError
 from kvrag.focus.policy import Policy, preset
 from kvrag.focus.pruning import AttentionScore, Pruning
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
 from kvrag.index import Hit
 from kvrag.prompt import RagPrompt
+from kvrag.streams import AnswerStream
 
 
 @dataclass(frozen=True, slots=True)

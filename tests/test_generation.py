@@ -322,7 +322,7 @@ def test_a_prompt_that_fills_the_window_is_refused_before_anything_is_read() -> 
         assert len(engine.answer("a" * 30).tokens) == 1
         with pytest.raises(ContextOverflow, match=r"33 tokens and the model reads 32.*fewer"):
             engine.answer("b" * 32, ["b" * 32])
-        engine._caches.encode = None  # type: ignore[method-assign, assignment]
+        engine._caches.encoding = None  # type: ignore[method-assign, assignment]
         with pytest.raises(ContextOverflow):
             engine.answer("c" * 40 + " why?", ["c" * 40])
 

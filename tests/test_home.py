@@ -190,10 +190,10 @@ def test_an_ingest_interrupted_while_encoding_loses_nothing(
 ) -> None:
     put(home, engine, ("a.txt", LIGHTHOUSE))
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DiskStore, "put", interrupted)
+    monkeypatch.setattr(DiskStore, "put_many", interrupted)
     with pytest.raises(KeyboardInterrupt):
         put(home, engine, ("a.txt", LIGHTHOUSE), ("b.txt", FERRY))
     monkeypatch.undo()

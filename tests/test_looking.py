@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -498,8 +498,7 @@ def test_a_long_prompt_is_pruned_in_its_last_stride(monkeypatch: pytest.MonkeyPa
     found, arranged = model(), arrangement(tail="\n\nand then there is this:\n\n")
     policy = Policy(pruning=Pruning(keep=2, start=1, scorer=GivenScore((1.0, 5.0, 2.0, 4.0, 3.0))))
     expected = look(found, arranged, policy)
-    strided = partial(read_prompt, stride=40)
-    monkeypatch.setattr("kvrag.looking.read_prompt", strided)
+    monkeypatch.setattr("kvrag.looking.STRIDE", 40)
     looked = look(found, arranged, policy)
     assert looked.focus.dropped_at == expected.focus.dropped_at
     # earlier strides see every document in every layer, so that only the last one's rows are alike

@@ -6,14 +6,16 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
 
 from kvrag.errors import EngineClosed, GenerationCancelled
-from kvrag.worker import Stream, Worker
+from kvrag.worker import PAUSE, Ask, Stream, Worker
 
 
 @pytest.fixture
@@ -411,3 +413,193 @@ def test_who_submits_while_another_closes_never_waits_for_ever() -> None:
             thread.join(30)
             assert not thread.is_alive()
         assert len(outcomes) == 150
+
+
+# ---- what jobs ask for
+
+
+class Number(Ask):
+    """Asks for its double."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Doubling:
+    """Doubles at most a few numbers at a time, refuses negative ones, and remembers what it did together."""
+
+    def __init__(self, most: int = 99) -> None:
+        self.most = most
+        self.turns: list[list[int]] = []
+        self.allowed, self.started = threading.Event(), threading.Event()
+        self.allowed.set()
+
+    def choose(self, asks: Sequence[Number]) -> list[int]:
+        return list(range(len(asks)))[: self.most]
+
+    def run(self, asks: Sequence[Number]) -> list[int | Exception]:
+        self.started.set()
+        assert self.allowed.wait(30)
+        self.turns.append([ask.value for ask in asks])
+        if any(ask.value > 10_000 for ask in asks):
+            raise OverflowError("too large for any")
+        return [ValueError("negative") if ask.value < 0 else 2 * ask.value for ask in asks]
+
+
+def asking(*values: int) -> Generator[Ask | int, int, str]:
+    """Gives the double of each value."""
+    for value in values:
+        yield (yield Number(value))
+        yield PAUSE
+    return f"{len(values)} values"
+
+
+@pytest.fixture
+def server() -> Doubling:
+    return Doubling()
+
+
+@pytest.fixture
+def serving(server: Doubling) -> Iterator[Worker]:
+    made = Worker("test", server=server, max_running=2)
+    yield made
+    made.close()
+
+
+def submit_at_once(worker: Worker, *makes: Any, in_line: bool = False) -> list[Stream[Any]]:
+    """Submit several jobs before any of them begins."""
+    begin = threading.Event()
+    blocker = worker.submit(lambda: iter([begin.wait(30)]))
+    streams = [worker.submit(make, in_line=in_line) for make in makes]
+    begin.set()
+    assert next(blocker) is True
+    return streams
+
+
+def test_what_is_asked_is_done_together(serving: Worker, server: Doubling) -> None:
+    jobs = [partial(asking, 1, 2, 3), partial(asking, 10), partial(asking, 100, 200)]
+    streams = submit_at_once(serving, *jobs)
+    assert [list(stream) for stream in streams] == [[2, 4, 6], [20], [200, 400]]
+    assert [stream.value for stream in streams] == ["3 values", "1 values", "2 values"]
+    assert server.turns[0] == [1, 10, 100]
+    assert sorted(map(len, server.turns)) == [1, 2, 3]
+
+
+def test_a_failed_outcome_is_raised_where_it_was_asked(serving: Worker) -> None:
+    def careful() -> Generator[Ask | int, int, None]:
+        try:
+            yield (yield Number(-1))
+        except ValueError:
+            yield (yield Number(7))
+
+    streams = submit_at_once(serving, careful, partial(asking, -1), partial(asking, 5, 6))
+    assert list(streams[0]) == [14]
+    with pytest.raises(ValueError, match="negative"):
+        list(streams[1])
+    assert list(streams[2]) == [10, 12]
+
+
+def test_a_server_that_fails_does_not_take_the_thread_along(serving: Worker) -> None:
+    for stream in submit_at_once(serving, partial(asking, 20_000), partial(asking, 1)):
+        with pytest.raises(OverflowError, match="too large"):
+            list(stream)
+    assert list(serving.submit(partial(asking, 4))) == [8]
+
+
+def test_who_waited_longest_has_the_next_turn() -> None:
+    server = Doubling(most=1)
+    worker = Worker("test", server=server)
+    for stream in submit_at_once(
+        worker, partial(asking, 1, 2, 3), partial(asking, 10, 20), partial(asking, 9)
+    ):
+        list(stream)
+    worker.close()
+    assert [n for (n,) in server.turns] == [1, 10, 9, 2, 20, 3]
+
+
+def test_a_job_that_asks_and_others_take_turns(serving: Worker) -> None:
+    """A plain job has one step while the others wait for what they asked."""
+    order: list[str] = []
+
+    def plain() -> Iterator[int]:
+        for i in range(3):
+            order.append("plain")
+            yield i
+
+    def asks() -> Generator[Ask | int, int, None]:
+        for i in range(3):
+            yield (yield Number(i))
+            order.append("asking")
+
+    for stream in submit_at_once(serving, plain, asks):
+        assert len(list(stream)) == 3
+    assert order == ["plain", "plain", "asking", "plain", "asking", "asking"]
+
+
+def test_a_cancelled_job_is_not_done(serving: Worker, server: Doubling) -> None:
+    ended = threading.Event()
+
+    def cancelled() -> Generator[Ask | int, int, None]:
+        try:
+            while True:
+                yield (yield Number(1))
+        finally:
+            ended.set()
+
+    server.allowed.clear()
+    streams: list[Stream[Any]] = [serving.submit(cancelled)]
+    assert server.started.wait(30)
+    streams += [serving.submit(partial(asking, *range(10, 20)))]
+    streams[0].cancel()
+    server.allowed.set()
+    assert list(streams[1]) == [2 * i for i in range(10, 20)]
+    assert ended.is_set()
+    with pytest.raises(GenerationCancelled):
+        list(streams[0])
+    assert sum(1 in turn for turn in server.turns) == 1
+
+
+def test_the_line_is_served_in_order_and_never_too_many_run(serving: Worker, server: Doubling) -> None:
+    jobs = [partial(asking, *[10 * n] * (n + 1)) for n in range(5)]
+    server.allowed.clear()
+    streams = submit_at_once(serving, *jobs, in_line=True)
+    streams[3].cancel()  # while it waits
+    server.allowed.set()
+    assert serving.call(lambda: "not in line") == "not in line"
+    for n in (0, 1, 2, 4):
+        assert list(streams[n]) == [20 * n] * (n + 1)
+    with pytest.raises(GenerationCancelled):
+        list(streams[3])
+    assert max(map(len, server.turns)) == 2
+    first = {n: next(i for i, turn in enumerate(server.turns) if 10 * n in turn) for n in (0, 1, 2, 4)}
+    assert sorted(first, key=lambda n: first[n]) == [0, 1, 2, 4]
+    assert not any(30 in turn for turn in server.turns)
+
+
+def test_work_returns_what_it_made(serving: Worker, server: Doubling) -> None:
+    def work() -> Generator[Ask, int, int]:
+        yield PAUSE
+        first = yield Number(4)
+        yield PAUSE
+        return first + (yield Number(5))
+
+    def failing() -> Generator[Ask, int, int]:
+        yield PAUSE
+        raise ZeroDivisionError
+
+    assert serving.do(work) == 18
+    assert serving.call(lambda: serving.do(work)) == 18
+    with pytest.raises(ZeroDivisionError):
+        serving.do(failing)
+    assert_alive(serving)
+
+
+def test_close_ends_who_asks_and_who_waits_in_line(server: Doubling) -> None:
+    worker = Worker("test", server=server, max_running=1)
+    endless = partial(asking, *[0] * 100_000)
+    streams = submit_at_once(worker, endless, endless, in_line=True)
+    assert next(streams[0]) == 0
+    worker.close()
+    for stream in streams:
+        with pytest.raises(EngineClosed):
+            list(stream)

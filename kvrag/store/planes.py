@@ -19,7 +19,7 @@ from kvrag.store.damage import Damaged
 
 MAX_RATIO = 64
 """A layer that grows by more is damage: caches shrink to two thirds, and no forgery shall fill the memory."""
-_LEVEL = 1  # higher ones take longer and gain less than one percent: what is left is noise
+_LEVEL = 1
 _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 

@@ -1,0 +1,137 @@
+"""One forward pass for several requests: weights are read once, attention is each request's own.
+
+The tokens of all of them stand in one row. Only attention lets tokens see each other, and it is cut up by
+request: everybody's tokens go to his own `TableReading`, with his own segments, fresh rows and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kvrag.attention import Fixed, TableReading
+from kvrag.backbone import AttentionCall
+from kvrag.model import Model
+from kvrag.prefill import Read, Want, found_by
+from kvrag.segments import SegmentTable
+
+Outcome = Read | Exception
+
+
+class _Part:
+    """One request's share of a pass.
+
+    Attributes:
+        rows: which of the pass's tokens are its own.
+        reading: its attention.
+        error: what went wrong in it; the others go on.
+    """
+
+    def __init__(self, model: Model, want: Want, start: int) -> None:
+        self.want = want
+        self.rows = slice(start, start + len(want.tokens))
+        self.num_before = want.fresh.num_rows
+        tables = Fixed(want.table) if isinstance(want.table, SegmentTable) else want.table
+        self.reading = TableReading(
+            model.specs, tables, want.fresh, want.positions, device=model.device, looking=want.looking
+        )
+        self.error: Exception | None = None
+
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attention of the own tokens, [1, H, T, Dv]; zeros behind an error."""
+        query, key, value = (x[:, :, self.rows] for x in (call.query, call.key, call.value))
+        if self.error is None:
+            try:
+                return self.reading.attend(layer, replace(call, query=query, key=key, value=value))
+            except Exception as error:
+                self.error = error
+        return query.new_zeros((*query.shape[:3], value.shape[-1]))
+
+
+class SharedReading:
+    """Attention of a pass whose tokens belong to several requests (see `kvrag.backbone.Reading`)."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        """Read for these."""
+        self._parts = parts
+
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Everybody's own."""
+        return torch.cat([part.attend(layer, call) for part in self._parts], dim=2)
+
+    def mask(self, predicate: Any) -> Any:
+        """The layers get no mask: who sees what is decided in the parts."""
+        return None
+
+    def take_mask(self, layer: int, mask: Any) -> None:
+        """Refuse a mask that the modelling code made by itself."""
+        self._parts[0].reading.take_mask(layer, mask)
+
+
+class Passes:
+    """Chooses what is read next, and reads it in one pass."""
+
+    def __init__(self, model: Model, num_tokens: int) -> None:
+        """Read for the callers of one model.
+
+        Args:
+            model: the decoder.
+            num_tokens: most tokens of a pass, beside those of answers being written.
+        """
+        self._model, self._num_tokens = model, num_tokens
+
+    def choose(self, wants: Sequence[Want]) -> list[int]:
+        """Numbers of those that the next pass reads: all single tokens, and of longer ones what fits.
+
+        Args:
+            wants: those that have waited longest first; of the longer ones, the first always has its turn.
+        """
+        chosen, taken = [], 0
+        for i, want in enumerate(wants):
+            size = len(want.tokens)
+            if size == 1:
+                chosen.append(i)
+            elif not taken or taken + size <= self._num_tokens:
+                chosen.append(i)
+                taken += size
+        return chosen
+
+    @torch.inference_mode()
+    def run(self, wants: Sequence[Want]) -> list[Outcome]:
+        """Read; what goes wrong for one of them is its own outcome."""
+        if len(wants) > 1:
+            parts, at = [], 0
+            for want in wants:
+                parts.append(_Part(self._model, want, at))
+                at = parts[-1].rows.stop
+            try:
+                return self._together(parts)
+            except Exception as error:  # of the pass itself, such as too little memory
+                return [self._again(part, error) for part in parts]
+        return [self._alone(want) for want in wants]
+
+    def _together(self, parts: Sequence[_Part]) -> list[Outcome]:
+        device = self._model.device
+        ids = torch.tensor([[t for part in parts for t in part.want.tokens]], device=device)
+        last = torch.tensor([part.rows.stop - 1 for part in parts], device=device)
+        logits = self._model.run(ids, SharedReading(parts), rows=last)
+        return [
+            part.error or found_by(part.reading, logits[0, i : i + 1], part.want.positions)
+            for i, part in enumerate(parts)
+        ]
+
+    def _again(self, part: _Part, error: Exception) -> Outcome:
+        """A pass of its own, if nothing but the fresh rows has changed."""
+        if not isinstance(part.want.table, SegmentTable):
+            return error
+        part.want.fresh.cut(part.num_before)
+        return self._alone(part.want)
+
+    def _alone(self, want: Want) -> Outcome:
+        try:
+            return want.read(self._model)
+        except Exception as error:
+            return error

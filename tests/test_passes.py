@@ -1,0 +1,218 @@
+"""Several requests in one forward pass: each gets what it would get alone, whatever the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrag.attention import Looking
+from kvrag.errors import CacheMiss
+from kvrag.fresh import FreshRows
+from kvrag.model import Model
+from kvrag.passes import Passes
+from kvrag.prefill import Read, Want, encode
+from kvrag.segments import KV, Segment, SegmentTable
+from kvrag.testing.models import tiny
+from kvrag_kernels import Group
+
+WORDS = "the lighthouse of varn and a ferry on the mirrow in winter ".split()
+
+
+@cache
+def model(family: str = "llama") -> Model:
+    return tiny(family)
+
+
+@cache
+def rows(number: int, family: str = "llama") -> KV:
+    """One of many documents."""
+    text = " ".join(WORDS[(number * i + number) % len(WORDS)] for i in range(3 + number % 5))
+    (kv,) = encode(model(family), [model(family).text.tokenize(text)])
+    return kv
+
+
+@dataclass(frozen=True)
+class Request:
+    """Documents, tokens read before, tokens to be read, and how."""
+
+    documents: tuple[int, ...]
+    before: int
+    tokens: tuple[int, ...]
+    group: bool = False
+
+    def want(self, family: str = "llama") -> Want:
+        """With rows of its own, some of them read already."""
+        segments, at = [], 0
+        for number, document in enumerate(self.documents):
+            kv = rows(document, family)
+            segments.append(Segment(kv, at, document=number))
+            at += kv.num_tokens
+        table, fresh = SegmentTable(tuple(segments)), FreshRows(model(family).num_layers)
+        looking = Looking(Group(0.8, 0.9), frozenset([1])) if self.group else None
+        if self.before:
+            first = range(20, 20 + self.before)
+            Want(table, first, range(at, at + self.before), fresh, looking).read(model(family))
+        start = at + self.before
+        return Want(table, self.tokens, range(start, start + len(self.tokens)), fresh, looking)
+
+
+def assert_same(found: Any, expected: Read) -> None:
+    assert isinstance(found, Read)
+    scale = float(expected.logits.abs().max())
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.focus, expected.focus, rtol=1e-4, atol=1e-5)
+    assert found.columns.keys() == expected.columns.keys()
+    for layer, columns in expected.columns.items():
+        for mine, theirs in zip(found.columns[layer], columns, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_rows(found: FreshRows, expected: FreshRows) -> None:
+    assert found.positions == expected.positions
+    assert found.num_rows == expected.num_rows
+    for layer in range(len(found._counts)):
+        torch.testing.assert_close(found.values(layer), expected.values(layer), rtol=1e-4, atol=1e-4)
+
+
+REQUESTS = (
+    Request((0, 1, 2), 4, (11,)),
+    Request((), 0, (12, 13, 14, 15, 16)),
+    Request((3,), 2, (17,), group=True),
+    Request((2, 0), 0, (18, 19, 20)),
+    Request((4, 4), 30, (21,)),
+)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-window", "gemma3", "gpt_oss", "cohere2", "deepseek_v3", "gemma2"]
+)
+def test_a_shared_pass_is_everybodys_own(family: str) -> None:
+    softcapped = family == "gemma2"
+    requests = [r for r in REQUESTS if not (r.group and softcapped)]
+    wants, alone = ([r.want(family) for r in requests] for _ in range(2))
+    with torch.inference_mode():
+        found = Passes(model(family), 99).run(wants)
+        expected = [want.read(model(family)) for want in alone]
+    for i, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert_same(mine, theirs)
+        assert_same_rows(wants[i].fresh, alone[i].fresh)
+
+
+DRAWN = st.builds(
+    Request,
+    st.lists(st.integers(0, 9), max_size=4).map(tuple),
+    st.integers(0, 5),
+    st.lists(st.integers(10, 270), min_size=1, max_size=6).map(tuple),
+    st.booleans(),
+)
+
+
+@given(st.lists(DRAWN, min_size=2, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_any_requests_can_share_a_pass(requests: list[Request]) -> None:
+    wants, alone = ([r.want() for r in requests] for _ in range(2))
+    for mine, other in zip(Passes(model(), 99).run(wants), alone, strict=True):
+        assert_same(mine, other.read(model()))
+
+
+def test_a_pass_of_one_is_that_one_bit_for_bit() -> None:
+    for request in REQUESTS:
+        (found,) = Passes(model(), 99).run([request.want()])
+        expected = request.want().read(model())
+        assert isinstance(found, Read)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.mass, expected.mass)
+
+
+# ---- failures
+
+
+class Failing:
+    """Tables of which one layer cannot be had."""
+
+    def __init__(self, table: SegmentTable, layer: int) -> None:
+        self.table, self.layer = table, layer
+
+    def at(self, layer: int) -> SegmentTable:
+        if layer == self.layer:
+            raise CacheMiss("damaged")
+        return self.table
+
+    def note(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_a_failure_is_its_own_requests_alone(layer: int) -> None:
+    wants, alone = ([r.want() for r in REQUESTS] for _ in range(2))
+    bad = wants[1]
+    wants[1] = Want(Failing(SegmentTable(), layer), bad.tokens, bad.positions, bad.fresh)
+    found = Passes(model(), 99).run(wants)
+    assert isinstance(found[1], CacheMiss)
+    assert bad.fresh.positions == []
+    for i in (0, 2, 3, 4):
+        assert_same(found[i], alone[i].read(model()))
+    (again,) = Passes(model(), 99).run([Want(Failing(SegmentTable(), 1), (1,), (0,), FreshRows(4))])
+    assert isinstance(again, CacheMiss)
+
+
+def test_when_the_pass_itself_fails_everybody_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with too little memory for all of them; rows that it left in some layers are forgotten."""
+    wants, alone = ([r.want() for r in REQUESTS] for _ in range(2))
+    with torch.inference_mode():
+        expected = [want.read(model()) for want in alone]
+    deep = model().network.model.layers[2].mlp
+
+    def scarce(module: Any, args: Sequence[torch.Tensor]) -> None:
+        if args[0].shape[1] > 6:
+            raise RuntimeError("out of memory")
+
+    hook = deep.register_forward_pre_hook(scarce)
+    try:
+        found = Passes(model(), 99).run(wants)
+        stateful = Want(Failing(SegmentTable(), 99), (11, 12, 13, 14), range(4), FreshRows(4))
+        lost, kept = Passes(model(), 99).run([stateful, REQUESTS[3].want()])
+    finally:
+        hook.remove()
+    for i, theirs in enumerate(expected):
+        assert_same(found[i], theirs)
+        assert_same_rows(wants[i].fresh, alone[i].fresh)
+    assert isinstance(lost, RuntimeError)
+    assert isinstance(kept, Read)
+
+
+# ---- who is next
+
+
+def chosen(sizes: Sequence[int], limit: int) -> list[int]:
+    nothing = FreshRows(1)
+    wants = [Want(SegmentTable(), (1,) * n, range(n), nothing) for n in sizes]
+    return Passes(model(), limit).choose(wants)
+
+
+def test_single_tokens_are_all_read_and_of_longer_ones_what_fits() -> None:
+    assert chosen([1, 1, 1], 1) == [0, 1, 2]
+    assert chosen([1, 50, 1, 50], 60) == [0, 1, 2]
+    assert chosen([1, 50, 1, 10, 50], 60) == [0, 1, 2, 3]
+    assert chosen([500, 1, 2], 60) == [0, 1]
+    assert chosen([30, 30, 30], 60) == [0, 1]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 50))
+def test_somebody_always_has_a_turn_and_the_limit_holds(sizes: list[int], limit: int) -> None:
+    found = chosen(sizes, limit)
+    longer = [sizes[i] for i in found if sizes[i] > 1]
+    assert set(range(len(sizes))) - set(found) == {
+        i for i in range(len(sizes)) if i not in found and sizes[i] > 1
+    }
+    assert found == sorted(set(found))
+    assert bool(longer) == any(n > 1 for n in sizes)
+    assert sum(longer) <= limit or len(longer) == 1
