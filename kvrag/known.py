@@ -18,6 +18,10 @@ from kvrag.tiers import TIERS, Found, Tier
 
 logger = logging.getLogger(__name__)
 
+# A text that is more times as long as what stands of it in the prompt is not worth its rows; and so no more
+# text than this many times the prompt is looked at.
+_MOST_TIMES = 32
+
 Pieces = Sequence[str]
 Resolver = Callable[[Sequence[str]], Mapping[str, Pieces]]
 """Keys -> for those that have one, the pieces of text that they are encoded behind."""
@@ -251,23 +255,20 @@ class _Texts:
             for match in self._canonical.find(view.text):
                 start, end = view.place(match.start, match.end)
                 text = self.exact.text(match.key)
-                found.append(Found(low + start, low + end, match.key, "canonical", text))
+                if len(text) <= _MOST_TIMES * (end - start):
+                    found.append(Found(low + start, low + end, match.key, "canonical", text))
         return _apart(found)
 
     def _pieces_in(self, prompt: str, low: int, high: int) -> list[Found]:
         if self._pieces is None:
             return []
-        return [
-            Found(
-                piece.start,
-                piece.end,
-                piece.key,
-                "middle" if piece.offset else "partial",
-                self.exact.text(piece.key),
-                piece.offset,
-            )
-            for piece in self._pieces.find(prompt, low, high)
-        ]
+        found = []
+        for piece in self._pieces.find(prompt, low, high):
+            text = self.exact.text(piece.key)
+            if len(text) <= _MOST_TIMES * (piece.end - piece.start):
+                tier: Tier = "middle" if piece.offset else "partial"
+                found.append(Found(piece.start, piece.end, piece.key, tier, text, piece.offset))
+        return found
 
 
 def _gaps(found: Sequence[Found], start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,11 @@ from kvrag.errors import InputError
 
 _MARK = re.compile(r"\[\[kv:([^\[\]\s]{1,256})\]\]")
 
+# A mark whose text begins right and goes on wrong costs a comparison of the whole text. A prompt may have so
+# many of them that this many times its length is compared; marks behind those are text like any other.
+_COMPARED = 8
+_GLANCE = 64
+
 
 def mark(key: str) -> str:
     """The mark to put in front of a text.
@@ -41,11 +46,15 @@ def marked(
         start: where to begin.
         text_of: the known text of a key; None for unknown keys.
     """
+    left = _COMPARED * len(prompt)
     for match in _MARK.finditer(prompt, start):
         begin, key = match.end(), match[1]
         text = text_of(key) if match.start() >= start else None
         for form in (text, text.strip()) if text else ():
-            if form and prompt.startswith(form, begin):
+            if not form or not prompt.startswith(form[:_GLANCE], begin):
+                continue
+            left -= len(form)
+            if left >= 0 and prompt.startswith(form, begin):
                 start = begin + len(form)  # a mark inside another mark's text is part of that text
                 yield match.start(), begin, start, key
                 break

@@ -21,7 +21,7 @@ from kvrag.errors import ConfigError, CorpusError, InputError
 from kvrag.explain import Missing, explain
 from kvrag.known import KnownTexts
 from kvrag.leftright import LeftRight
-from kvrag.markers import mark
+from kvrag.markers import mark, marked
 from kvrag.matching import ChunkMatcher
 from kvrag.pieces import PieceIndex
 from kvrag.plan import Mark, PromptPlan, plan
@@ -423,6 +423,45 @@ def test_pieces_are_found_in_linear_time(texts: list[str], unit: str) -> None:
         before = index.compared
         index.find(prompt, 0, size)
         assert index.compared - before <= 64 * size
+
+
+def test_what_is_tokenised_for_pieces_and_other_forms_grows_with_the_prompt() -> None:
+    long = {f"k{i}": f"{i:032}{'tail of it ' * 300}" for i in range(200)}
+    wide = {"wide": f"a text of some{' ' * 100_000}length"}
+    known = KnownTexts(TIERS)
+    known.update(long | wide)
+    prompt = "".join(f"{i:032}" for i in range(200)) + "\\n &amp; a text of some length"
+    asked: list[int] = []
+
+    def tokenize(text: str) -> tuple[int, ...]:
+        asked.append(len(text))
+        return tuple(map(ord, text))
+
+    def ends(text: str) -> tuple[int, ...]:
+        asked.append(len(text))
+        return tuple(range(1, len(text) + 1))
+
+    assert plan(prompt, known, tokenize=tokenize, ends=ends).text == prompt
+    assert sum(asked) <= 128 * len(prompt)
+
+
+class Compared(str):
+    """A text that counts the characters that it is compared with, at most."""
+
+    count = 0
+
+    def startswith(self, prefix: Any, *places: Any) -> bool:
+        Compared.count += len(prefix)
+        return super().startswith(prefix, *places)
+
+
+def test_marks_are_read_in_linear_time() -> None:
+    unit = "[[kv:k]]"
+    text = unit * 4000 + "x"
+    for num in (500, 5000):
+        prompt, Compared.count = Compared(unit * num), 0
+        assert list(marked(prompt, 0, {"k": text}.get)) == []
+        assert Compared.count <= 32 * len(prompt)
 
 
 # ---- why not

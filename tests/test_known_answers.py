@@ -28,6 +28,7 @@ from kvrag.prompt import RagPrompt
 from kvrag.rotary import rotate
 from kvrag.segments import KV
 from kvrag.store.disk import DiskStore
+from kvrag.store.key import EntryKey
 from kvrag.store.memory import MemoryStore
 from kvrag.testing.models import tiny
 
@@ -239,8 +240,6 @@ def test_lazy_layers_are_cut_when_they_are_touched(tmp_path: Path) -> None:
         list(engine.stream_rendered(f"{TOWER} Why?", {"tower": TOWER}, sampling=SHORT))
         (name,) = store.ids()
         key = engine.encoder(RagPrompt("")).fingerprint
-        from kvrag.store.key import EntryKey
-
         entry = EntryKey(key, model().text.tokenize(TOWER))
         assert entry.id == name
         lazy, eager = store.get(entry, by_layer=True), store.get(entry)
