@@ -55,7 +55,7 @@ def canonical(text: str) -> str:
     >>> canonical("> To be, or not to be")
     'Tobe,ornottobe'
     """
-    return _DROPPED.sub("", text)
+    return _DROPPED.sub("", text) if ">" in text else "".join(text.split())
 
 
 def views(text: str) -> Iterator[View]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 _PLACES = 8
+_Place = tuple[str, int]  # key and character
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,10 @@ class Piece:
 
 @dataclass(slots=True)
 class _Node:
-    """A beginning that some texts share, and those texts, oldest first."""
+    """A beginning that some texts share, and those texts, oldest first.
+
+    Where texts share it, each that goes on has a next step; the way of a single one need not be laid further.
+    """
 
     keys: dict[str, None] = field(default_factory=dict)
     next: dict[str, _Node] = field(default_factory=dict)
@@ -52,35 +57,64 @@ class PieceIndex:
         self.compared = 0  # characters that were compared so far, give or take what other threads did
         self._texts: dict[str, str] = {}
         self._root = _Node()
-        self._places: dict[str, dict[tuple[str, int], None]] = {}
+        self._places: dict[str, _Place | dict[_Place, None]] = {}
 
     def add(self, key: str, text: str) -> None:
         """Note a text under a key that is new."""
         self._texts[key] = text
+        if self.middles:
+            for at in range(self.width, len(text) - self.width + 1, self.width):
+                self._note(text[at : at + self.width], (key, at))
         node = self._root
         for at, block in self._blocks(text):
-            node = node.next.setdefault(block, _Node())
-            node.keys[key] = None
-            if self.middles and at:
-                self._places.setdefault(block, {})[key, at] = None
+            child = node.next.get(block)
+            if child is None:
+                node.next[block] = _Node({key: None})
+                break
+            if len(child.keys) == 1:
+                self._push_down(child, at + self.width)
+            child.keys[key] = None
+            node = child
 
     def remove(self, key: str) -> None:
         """Forget a text that is known."""
         text = self._texts.pop(key)
-        node: _Node | None = self._root
-        for at, block in self._blocks(text):
-            if self.middles and at:
-                places = self._places[block]
-                del places[key, at]
-                if not places:
-                    del self._places[block]
-            if node is None:
-                continue
-            child = node.next[block]
+        if self.middles:
+            for at in range(self.width, len(text) - self.width + 1, self.width):
+                self._forget(text[at : at + self.width], (key, at))
+        node = self._root
+        for _, block in self._blocks(text):
+            child = node.next.get(block)
+            if child is None:
+                break
             del child.keys[key]
             if not child.keys:  # nobody else goes here: the rest of the way goes with it
                 del node.next[block]
-            node = child if child.keys else None
+                break
+            node = child
+
+    def _push_down(self, node: _Node, at: int) -> None:
+        """The only text of a node gets its next step, before another one comes."""
+        (key,) = node.keys
+        block = self._texts[key][at : at + self.width]
+        if len(block) == self.width and block not in node.next:
+            node.next[block] = _Node({key: None})
+
+    def _note(self, block: str, place: _Place) -> None:
+        there = self._places.get(block)
+        if there is None:
+            self._places[block] = place  # most blocks have one place: no dictionary for these
+        elif isinstance(there, dict):
+            there[place] = None
+        else:
+            self._places[block] = {there: None, place: None}
+
+    def _forget(self, block: str, place: _Place) -> None:
+        there = self._places[block]
+        if isinstance(there, dict):
+            del there[place]
+        if not isinstance(there, dict) or not there:
+            del self._places[block]
 
     def find(self, prompt: str, start: int, end: int) -> list[Piece]:
         """Pieces in `prompt[start:end]`, from left to right, the longest that is seen at a place first."""
@@ -101,7 +135,8 @@ class PieceIndex:
         if node is not None:
             key, length = self._head(prompt, node, at, end)
             yield Piece(at, at + length, key, 0)
-        for _, (key, place) in zip(range(_PLACES), self._places.get(block, ()), strict=False):
+        there = self._places.get(block, {})
+        for key, place in islice(there, _PLACES) if isinstance(there, dict) else (there,):
             text = self._texts[key]
             left = self._back(prompt, at, text, place, min(at - floor, place, 2 * self.width))
             right = self._along(prompt, at, text, place, end)
