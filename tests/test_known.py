@@ -213,6 +213,22 @@ def test_an_index_of_pieces_forgets_all_that_it_knew(
     assert not index._root.next
 
 
+@given(st.lists(st.text("ab", min_size=3, max_size=30), min_size=1, max_size=8), st.text("ab", max_size=60))
+def test_no_beginning_is_longer_by_a_block_than_the_one_that_is_found(texts: list[str], prompt: str) -> None:
+    index, width = PieceIndex(width=3), 3
+    for i, text in enumerate(texts):
+        index.add(str(i), text)
+    found = index.find(prompt, 0, len(prompt))
+    for piece in found:
+        rest = prompt[piece.start :]
+        longest = max(n for text in texts for n in range(len(text) + 1) if rest.startswith(text[:n]))
+        assert piece.end - piece.start >= longest // width * width
+    taken = {at for piece in found for at in range(piece.start, piece.end)}
+    for at in range(len(prompt) - width + 1):
+        if at not in taken and not any(at + i in taken for i in range(width)):
+            assert not any(text.startswith(prompt[at : at + width]) for text in texts)
+
+
 # ---- marks
 
 
