@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kvrag.errors import UnsupportedModel as UnsupportedModel
     from kvrag.focus.policy import Policy as Policy
     from kvrag.index import Index as Index
+    from kvrag.known import KnownTexts as KnownTexts
     from kvrag.matching import ChunkMatcher as ChunkMatcher
     from kvrag.model import Model as Model
     from kvrag.plan import PromptPlan as PromptPlan
@@ -80,6 +81,7 @@ __all__ = [
     "InputError",
     "KVRagError",
     "KVStore",
+    "KnownTexts",
     "MemoryStore",
     "MissingExtra",
     "Model",
@@ -108,6 +110,7 @@ _ROOMS = {
         MissingExtra StoreError StoreWriteError UnsupportedModel""",
     "focus.policy": "Policy",
     "index": "Index",
+    "known": "KnownTexts",
     "matching": "ChunkMatcher",
     "model": "Model",
     "plan": "PromptPlan",

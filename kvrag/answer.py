@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +89,8 @@ class Usage:
         recomputed_tokens: of the documents' tokens that came from prebuilt rows, how many were read again.
         cached_bytes: bytes of all documents' prebuilt rows.
         read_bytes: of those, how many were read: documents dropped at a layer are not read below it.
+        cached_by_tier: of the cached tokens, those of documents, by the way in which the documents were found
+            (see `kvrag.known`).
     """
 
     prompt_tokens: int
@@ -96,6 +99,7 @@ class Usage:
     recomputed_tokens: int = 0
     cached_bytes: int = 0
     read_bytes: int = 0
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def read_tokens(self) -> int:

@@ -33,6 +33,7 @@ from kvrag.items import (
     near_of,
 )
 from kvrag.parts import DOCUMENT_FIELD, PART_FIELD, Parts, document_of, part_of
+from kvrag.prompt import RagPrompt
 from kvrag.store.key import EntryKey
 
 # Chunks with one text stand in each other's way: looked at are so many for each that is wanted.
@@ -164,6 +165,18 @@ class Contexts:
             there = self._there(records)
             others = {r.id: [there[i] for i in reversed(near_of(r)) if i in there] for r in records}
         return {r.id: self._fitting(r.text, [o.text for o in others[r.id]], rule) for r in records}
+
+    @property
+    def prefix(self) -> str:
+        """The text that the encoder reads documents behind, as far as it tells."""
+        form = getattr(self._encoder, "prompt", None)
+        return form.prefix if isinstance(form, RagPrompt) else ""
+
+    def pieces(self, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """What the records' entries are encoded behind, piece by piece as a prompt has it; see `texts`."""
+        form = getattr(self._encoder, "prompt", None)
+        texts = self.texts(ids)
+        return {i: form.before(t) for i, t in texts.items()} if isinstance(form, RagPrompt) else texts
 
     def telling(self, records: Sequence[Record]) -> list[Record]:
         """The other records whose entries are encoded behind these, by what is noted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,17 @@ from kvrag.errors import (
     DuplicateDocument,
     InputError,
 )
+from kvrag.following import Followers
 from kvrag.index import Hit, Index, Metadata, Record, already_there
 from kvrag.items import KEY_FIELD, Encoder, Item, clean
+from kvrag.known import MAX_CHARS, KnownTexts
 from kvrag.lockstep import Lockstep, Progress
 from kvrag.parts import DOCUMENT_FIELD, PART_FIELD, Places, document_of, part_of
 from kvrag.reports import CorpusStats, Deletion, IngestReport, ReconcileReport, RenewReport, WarmReport
 from kvrag.store.base import KVStore
 from kvrag.store.key import EntryKey, tagged_digest
 from kvrag.store.references import References
+from kvrag.tiers import Tier
 from kvrag.warming import Order, warm
 
 __all__ = [
@@ -99,6 +102,7 @@ class Corpus:
         self._references = references or References(_references_file(store))
         self._lockstep = Lockstep(index, store, encoder, self._contexts, self._references, batch_size)
         self._lock = threading.RLock()
+        self._followers = Followers(self._contexts.pieces)
 
     def key_of(self, text: str) -> EntryKey:
         """The key under which the store keeps this text, encoded behind the prefix alone.
@@ -139,6 +143,7 @@ class Corpus:
                 raise DuplicateDocument(already_there(taken))
             places = self._place(items, documents)
             self._lockstep.write(_at(items, places), self._index.add, progress)
+            self._followers.tell(_texts(items))
             return [item.id for item in items]
 
     def ingest(
@@ -192,6 +197,7 @@ class Corpus:
             }
             self._lockstep.write(_at(items, places), self._index.add, progress, moved=moved, gone=gone)
             completed = self._lockstep.complete(kept, progress, refill=refill)
+            self._followers.tell(_texts(items), gone)
             return IngestReport(tuple(ids), len(items), len(ids) - len(items), completed)
 
     def upsert(
@@ -213,6 +219,7 @@ class Corpus:
             items = self._items(texts, ids, metadatas)
             places = self._place(items, documents)
             self._lockstep.write(_at(items, places), self._index.upsert, progress)
+            self._followers.tell(_texts(items))
             return [item.id for item in items]
 
     def update(
@@ -246,6 +253,7 @@ class Corpus:
             items = self._items(texts, ids, merged)
             places = Places({r.id: (d, part_of(r)) for r in before if (d := document_of(r)) is not None})
             self._lockstep.write(_at(items, places), self._index.upsert)
+            self._followers.tell(_texts(items))
 
     def delete(self, ids: Sequence[str]) -> Deletion:
         """Remove documents; the bytes of entries that no document of any collection refers to go with them.
@@ -272,6 +280,7 @@ class Corpus:
             told = self._contexts.entries([*records, *telling])
             named = self._references.named(self._index.id, ids)
             self._index.delete(ids)
+            self._followers.tell({}, ids)
             receipts = self._lockstep.let_go([*ids, *(record.id for record in telling)], told)
             if self._contexts.can_encode:
                 behind = dict.fromkeys([*(record.id for record in telling), *following])
@@ -321,6 +330,30 @@ class Corpus:
         Ids that are not there are left out; all of them in a corpus whose documents stand behind nothing.
         """
         return self._contexts.texts(ids)
+
+    def known(
+        self,
+        tiers: Collection[Tier] = (),
+        *,
+        into: KnownTexts | None = None,
+        max_chars: int = MAX_CHARS,
+    ) -> KnownTexts:
+        """A registry of all documents by id, for an engine that is to find them in prompts.
+
+        The collection is read in pages. What this object adds, replaces or deletes afterwards is changed in
+        the registry as well; what others change is not. What documents are encoded behind is asked of the
+        collection when they are found in a prompt.
+
+        Args:
+            tiers: what counts beside verbatim texts, see `KnownTexts`.
+            into: a registry to extend, say an engine's; `tiers`, `max_chars` and prefix are its own.
+            max_chars: most characters that are kept.
+        """
+        if into is None:
+            into = KnownTexts(tiers, prefix=self._contexts.prefix, max_chars=max_chars)
+        with self._lock:
+            self._followers.add(into, self._index.records())
+        return into
 
     @property
     def context(self) -> Context:
@@ -455,6 +488,10 @@ class Corpus:
         if missing:
             raise DocumentNotFound(f"the corpus holds no document with the id {min(missing)!r}")
         return found
+
+
+def _texts(items: Sequence[Item]) -> dict[str, str]:
+    return {item.id: item.text for item in items}
 
 
 def _references_file(store: KVStore) -> Path | None:

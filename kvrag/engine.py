@@ -21,6 +21,7 @@ from kvrag.errors import (
     InputError,
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
+from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
 from kvrag.messages import Message, Tool
 from kvrag.metrics import Snapshot
@@ -39,7 +40,7 @@ from kvrag.text import joined_tokens
 from kvrag.worker import Worker
 
 T = TypeVar("T")
-Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher
+Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher | KnownTexts
 
 
 class Engine:
@@ -66,6 +67,7 @@ class Engine:
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
+        known: KnownTexts | None = None,
     ) -> None:
         """Serve a loaded model.
 
@@ -87,6 +89,7 @@ class Engine:
             pass_tokens: most tokens of prompts that are read in one pass with other answers' tokens, which
                 wait for it that long; None: 128 on a CPU, 1024 elsewhere. A prompt whose documents are pruned
                 while its question is read, or looked at closely, is read in passes of 2048.
+            known: texts that are looked for in prompts of which no chunks are named; None: a new registry.
 
         Raises:
             ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be.
@@ -111,6 +114,7 @@ class Engine:
         )
         self.codec = codec
         self.tenant = tenant
+        self.known = KnownTexts() if known is None else known
         usual = 128 if model.device.type == "cpu" else 1024
         self.pass_tokens = usual if pass_tokens is None else pass_tokens
         if max_batch < 1 or self.pass_tokens < 1:
@@ -138,6 +142,7 @@ class Engine:
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
+        known: KnownTexts | None = None,
         **options: Any,
     ) -> Engine:
         """Load a transformers decoder and its tokenizer; see `Model.load` and the class for arguments.
@@ -161,14 +166,15 @@ class Engine:
             budget_bytes=budget_bytes,
             max_batch=max_batch,
             pass_tokens=pass_tokens,
+            known=known,
         )
 
     def answer(
         self,
         prompt: str | Sequence[Message],
-        chunks: Chunks = (),
+        chunks: Chunks | None = None,
         *,
-        prefix: str = "",
+        prefix: str | None = None,
         sampling: Sampling | None = None,
         policy: Policy | None = None,
     ) -> Answer:
@@ -176,8 +182,9 @@ class Engine:
 
         Args:
             prompt: text, or chat messages for the model's template.
-            chunks: texts that may stand in the prompt.
-            prefix: the text that the chunks are encoded behind; best the prompt's own beginning.
+            chunks: texts that may stand in the prompt; None: those that the engine's registry `known` holds.
+            prefix: the text that the chunks are encoded behind; best the prompt's own beginning. None: the
+                registry's for its texts, and none for others.
             sampling: how the answer is chosen; greedy by default.
             policy: what is done with the documents; None: the engine's.
 
@@ -195,9 +202,9 @@ class Engine:
     def stream(
         self,
         prompt: str | Sequence[Message],
-        chunks: Chunks = (),
+        chunks: Chunks | None = None,
         *,
-        prefix: str = "",
+        prefix: str | None = None,
         sampling: Sampling | None = None,
         policy: Policy | None = None,
     ) -> AnswerStream:
@@ -211,9 +218,9 @@ class Engine:
     def stream_rendered(
         self,
         prompt: str,
-        chunks: Chunks = (),
+        chunks: Chunks | None = None,
         *,
-        prefix: str = "",
+        prefix: str | None = None,
         sampling: Sampling | None = None,
         policy: Policy | None = None,
         contexts: Mapping[str, Sequence[str]] | None = None,
@@ -231,11 +238,15 @@ class Engine:
         """
         if isinstance(chunks, str):
             raise InputError("chunks is one text; expected a list of texts, or texts by name")
+        if chunks is None:
+            chunks = self.known
         known = (
             chunks
-            if isinstance(chunks, (Mapping, ChunkMatcher))
+            if isinstance(chunks, (Mapping, ChunkMatcher, KnownTexts))
             else {str(i): c for i, c in enumerate(chunks)}
         )
+        if prefix is None:
+            prefix = known.prefix if isinstance(known, KnownTexts) else ""
         request = Request(
             prompt,
             known,

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 
+from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
 from kvrag.plan import Cached, Prefix, PromptPlan
+from kvrag.store.key import tagged_digest
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOLD = 10_000
 
 
 def explain(
-    plan: PromptPlan, chunks: ChunkMatcher | Mapping[str, str] | None = None, *, width: int = 48
+    plan: PromptPlan,
+    chunks: KnownTexts | ChunkMatcher | Mapping[str, str] | None = None,
+    *,
+    width: int = 48,
 ) -> str:
     """A table of the plan's spans, a sum, and a reason for each of `chunks` that is not in it.
 
@@ -23,7 +35,7 @@ def explain(
     lines = ["kind       characters  tokens  text"]
     for span in plan.spans:
         place = f"{span.start}..{span.end}"
-        name = f"[{span.key}] " if isinstance(span, Cached) else ""
+        name = _name(span) if isinstance(span, Cached) else ""
         lines.append(f"{span.kind:<8} {place:>12} {len(span.tokens):>7}  {name}{_shown(span.text, width)}")
     cached = plan.num_cached_tokens + (len(plan.prefix.tokens) if plan.prefix else 0)
     lines.append(
@@ -32,12 +44,52 @@ def explain(
     )
     if chunks is not None:
         found = {span.key for span in plan.cached}
-        least = chunks.min_chars if isinstance(chunks, ChunkMatcher) else 0
+        least = 0 if isinstance(chunks, Mapping) else chunks.min_chars
         for key in chunks:
             if key not in found:
-                text = chunks.text(key) if isinstance(chunks, ChunkMatcher) else chunks[key]
+                text = chunks[key] if isinstance(chunks, Mapping) else chunks.text(key)
                 lines.append(f"[{key}] not used: {why_not(plan, text, min_chars=least)}")
     return "\n".join(lines)
+
+
+class Missing:
+    """Says, once for each text, why a text that a retriever has returned came from no cache; at DEBUG level.
+
+    May be used from any thread.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was told yet."""
+        self._told: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def log(self, plan: PromptPlan, texts: Iterable[str], *, min_chars: int = 16) -> None:
+        """Log a line for each of these texts that no cached span of the plan is, or is a piece of.
+
+        Args:
+            plan: of the prompt that they were expected in.
+            texts: as the retriever returned them.
+            min_chars: length from which on texts were looked for.
+        """
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        used = {_told_as(span.text if span.seen is None else span.seen) for span in plan.cached}
+        pieces = [span.text for span in plan.cached if span.whole is not None]
+        for text in texts:
+            name = _told_as(text)
+            if name in used or any(piece in text for piece in pieces) or not self._is_new(name):
+                continue
+            why = why_not(plan, text, min_chars=min_chars)
+            logger.debug("%s came from no cache: %s", _shown(text, 48), why)
+
+    def _is_new(self, name: str) -> bool:
+        """Whether nothing was told of it yet; of very many, the oldest are forgotten."""
+        with self._lock:
+            is_new = name not in self._told
+            self._told[name] = None
+            if len(self._told) > _MAX_TOLD:
+                self._told.popitem(last=False)
+        return is_new
 
 
 def why_not(plan: PromptPlan, text: str, *, min_chars: int = 0) -> str:
@@ -58,6 +110,18 @@ def why_not(plan: PromptPlan, text: str, *, min_chars: int = 0) -> str:
     if change := _changed(prompt, core):
         return f"the prompt holds it {change}; only the verbatim text is matched"
     return _differs(prompt, core)
+
+
+def _told_as(text: str) -> str:
+    return tagged_digest({"text": text.strip().encode("utf-8", "surrogatepass")})
+
+
+def _name(span: Cached) -> str:
+    """Key of a span, and how it was found if not verbatim."""
+    if span.tier == "exact":
+        return f"[{span.key}] "
+    rows = f" {span.row}..{span.row + len(span.tokens)} of {len(span.whole)}" if span.whole else ""
+    return f"[{span.key}: {span.tier}{rows}] "
 
 
 def _taken(plan: PromptPlan, start: int, end: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Protocol
 
@@ -20,12 +21,15 @@ from kvrag.errors import CacheMiss, ContextOverflow, InputError
 from kvrag.focus.policy import PLAIN, Policy, SecondLook
 from kvrag.focus.pruning import Pruning
 from kvrag.focus.together import groups_of, scores_of
+from kvrag.found import hits_by_tier, rows_of, without_lost_pieces
+from kvrag.known import KnownTexts
 from kvrag.looking import Look, looking
-from kvrag.matching import ChunkMatcher
 from kvrag.model import Model
-from kvrag.plan import PromptPlan, plan
+from kvrag.plan import Cached, PromptPlan, plan
 from kvrag.prefill import STRIDE, Read, Work
+from kvrag.store.key import EntryKey
 from kvrag.text import joined_tokens
+from kvrag.tiers import Finder
 from kvrag.worker import Ask
 from kvrag.written import Written
 
@@ -50,7 +54,7 @@ class Request:
     """
 
     prompt: str
-    chunks: Mapping[str, str] | ChunkMatcher
+    chunks: Mapping[str, str] | Finder
     prefix: str
     is_rendered: bool
     sampling: Sampling
@@ -96,7 +100,7 @@ def _answer(caches: Caches, request: Request, stride: int) -> Generator[Piece | 
     """
     clock = _Clock()
     model, policy = caches.model, request.policy
-    planned = _plan(model, request)
+    planned = without_lost_pieces(caches, _plan(model, request), partial(_key, caches, request))
     _check(model, planned, policy)
     clock.lap("plan")
     loaded, looked = yield from _look(caches, request, planned, clock, stride)
@@ -156,17 +160,17 @@ def _look(
     policy = request.policy
     tries_by_layer = 1 + len(planned.cached)
     behind = prefix_tokens(caches.model, request)
-    texts = [span.tokens for span in planned.cached]
+    texts = [span.entry for span in planned.cached]
+    contexts = _contexts(caches, request, planned)
     while True:
-        loaded = yield from caches.loading(
-            behind, texts, by_layer=tries_by_layer > 0, contexts=_contexts(caches, request, planned)
-        )
+        loaded = yield from caches.loading(behind, texts, by_layer=tries_by_layer > 0, contexts=contexts)
         prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
-        arrangement = compose(
-            planned, prefix, [document.kv for document in loaded], _sources(request, planned)
-        )
         clock.lap("load")
         try:
+            loaded = rows_of(caches.model, planned, loaded)
+            arrangement = compose(
+                planned, prefix, [document.kv for document in loaded], _sources(request, planned)
+            )
             room = request.sampling.max_new_tokens
             looked = yield from looking(caches.model, arrangement, policy, max_new_tokens=room, stride=stride)
             if policy.second_look is not None:
@@ -180,15 +184,23 @@ def _look(
 
 def _contexts(caches: Caches, request: Request, planned: PromptPlan) -> list[Tokens] | None:
     """What each document's rows are encoded behind, beside the prefix; None: nothing."""
-    if not request.contexts:
-        return None
     names = _names(request.chunks, planned)
-    return [joined_tokens(caches.model.text, request.contexts.get(name, ())) for name in names]
+    told = request.contexts
+    if isinstance(request.chunks, KnownTexts):
+        told = {**request.chunks.contexts(names), **told}
+    return [joined_tokens(caches.model.text, told.get(name, ())) for name in names] if told else None
 
 
-def _names(chunks: Mapping[str, str] | ChunkMatcher, planned: PromptPlan) -> list[str]:
+def _key(caches: Caches, request: Request, span: Cached) -> EntryKey:
+    """The name of the entry that a span's rows come from."""
+    planned = PromptPlan((span,))
+    context = (_contexts(caches, request, planned) or [()])[0]
+    return EntryKey(caches.fingerprint(prefix_tokens(caches.model, request) + context), span.entry)
+
+
+def _names(chunks: Mapping[str, str] | Finder, planned: PromptPlan) -> list[str]:
     """The chunk of each span; where several chunks have its text, each in turn."""
-    if isinstance(chunks, ChunkMatcher):
+    if not isinstance(chunks, Mapping):
         return [span.key for span in planned.cached]
     left: dict[str, list[str]] = {}
     for name, text in chunks.items():
@@ -268,6 +280,8 @@ def _plan(model: Model, request: Request) -> PromptPlan:
         prefix=request.prefix,
         tokenize=text.tokenize,
         first=text.tokenize if starts_with_lead else first,
+        ends=text.ends,
+        min_tokens=request.chunks.min_tokens if isinstance(request.chunks, KnownTexts) else 1,
     )
 
 
@@ -351,6 +365,7 @@ def _usage(planned: PromptPlan, loaded: Sequence[Loaded], looked: Look, num_new:
         recomputed_tokens=looked.recomputed,
         cached_bytes=sum(kv.num_bytes for kv in ready),
         read_bytes=sum(kv.num_bytes_touched for kv in ready),
+        cached_by_tier=hits_by_tier(planned, loaded),
     )
 
 

@@ -58,6 +58,13 @@ class Text:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def ends(self, text: str) -> tuple[int, ...]:
+        """For each token of a piece, the place behind its last character; empty if nobody can tell."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return ()
+        return tuple(end for _, end in backend.encode(text, add_special_tokens=False).offsets)
+
     @cached_property
     def lead(self) -> tuple[int, ...]:
         """What the tokenizer puts in front of a text (BOS); often nothing."""
