@@ -224,14 +224,14 @@ class Caches:
     def settle(self, loaded: Sequence[Loaded]) -> None:
         """Count what loading the documents of an answer took, now that nothing more is read of them."""
         taken: dict[str, list[Found]] = {}
-        for one in {id(one): one for one in loaded}.values():
-            if one.found is None:
+        # A text that stands in the prompt twice, or in pieces, was loaded once.
+        for found in {id(one.found): one.found for one in loaded}.values():
+            if found is None:
                 continue
-            found = one.found
             self.metrics.loaded(found.tier, found.num_bytes, found.seconds_spent)
             if not found.is_prefetched and found.num_bytes:
                 taken.setdefault(found.tier, []).append(found)
-        share = self._stored_share(loaded[0].kv) if taken else 1.0
+        share = self._stored_share(next(iter(taken.values()))[0].kv) if taken else 1.0
         for tier, some in taken.items():
             # They were opened side by side, and their layers touched one after the other.
             opening = max(found.seconds for found in some)

@@ -136,3 +136,14 @@ def test_without_the_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builtins, "__import__", without)
     with Engine(MODEL) as engine, pytest.raises(MissingExtra, match=r"kvrag\[metrics\]"):
         prometheus(engine)
+
+
+def test_a_document_that_stands_twice_was_loaded_once(tmp_path: Path) -> None:
+    twice = f"{PREFIX}{DOCUMENTS[0]}\n\n{DOCUMENTS[0]}\n\nWhy?"
+    with Engine(MODEL, tmp_path / "store") as engine:
+        for _ in range(2):
+            answer = engine.answer(twice, DOCUMENTS, prefix=PREFIX, sampling=Sampling(max_new_tokens=2))
+            assert len(answer.trace.documents) == 2
+        found = engine.metrics()
+    assert (found.misses, found.encoded_documents, found.hits) == (1, 1, {"disk": 1})
+    assert found.loaded_bytes["disk"] == answer.usage.cached_bytes // 2
