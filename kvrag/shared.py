@@ -11,8 +11,10 @@ from typing import Any
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.focus.policy import PLAIN, Policy
+from kvrag.known import KnownTexts
 from kvrag.model import READER
 from kvrag.store.base import KVStore
+from kvrag.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class EngineSettings:
         max_length: longest prompt plus answer in tokens; None: the model's own limit.
         policy: what answers do with their documents, unless they have one of their own.
         codec: how rows are written to the store.
+        tiers: what counts as finding a text in a prompt, beside its exact words (`kvrag.KnownTexts`).
         options: more arguments of `Engine.from_pretrained`, by name.
     """
 
@@ -37,6 +40,7 @@ class EngineSettings:
     max_length: int | None = None
     policy: Policy | str = PLAIN
     codec: str = "raw"
+    tiers: tuple[Tier, ...] = ()
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def load(self) -> Engine:
@@ -49,6 +53,7 @@ class EngineSettings:
             max_length=self.max_length,
             policy=self.policy,
             codec=self.codec,
+            known=KnownTexts(self.tiers),
             **dict(self.options),
         )
 
@@ -68,6 +73,7 @@ class EngineSettings:
             self.max_length,
             self.policy if isinstance(self.policy, str) else repr(self.policy),
             self.codec,
+            self.tiers,
             self.options,
         )
 

@@ -37,6 +37,7 @@ def test_equal_settings_are_one_engine_until_the_last_lets_go(tmp_path: Path) ->
     assert two is one is copy.copy(one) is copy.deepcopy(one)
     other = shared_engine(EngineSettings(store=tmp_path / "store", codec="int8"))
     assert other is not one
+    assert shared_engine(EngineSettings(store=tmp_path / "store", tiers=("canonical",))) is not one
     engine = one.engine
     del one
     gc.collect()

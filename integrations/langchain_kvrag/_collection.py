@@ -12,7 +12,7 @@ from chromadb.errors import DuplicateIDError
 
 from kvrag.companion import Companion
 from kvrag.database import FolderDatabase
-from langchain_kvrag._known import Known
+from kvrag.ingested import Ingested
 
 _PAGE = 1000
 
@@ -88,7 +88,7 @@ class CachedCollection:
         self,
         access: Access,
         name: str,
-        known: Known,
+        known: Ingested,
         companion: Callable[[str], Companion | None],
         *,
         lock: threading.RLock,

@@ -21,9 +21,9 @@ from langchain_core.documents import Document
 from langchain_core.tracers.context import register_configure_hook
 
 from kvrag import Engine
+from kvrag.ingested import engines, key_of, known_of
 from kvrag.prefetch import Prefetch
 from kvrag.prompt import RagPrompt
-from langchain_kvrag._known import engines, key_of, known_of
 
 _MAX_ROOTS = 1024  # of runs whose end we may never hear of
 RELEVANCE = "kvrag"

@@ -28,12 +28,13 @@ from kvrag import (
 from kvrag.constrain import Constraint
 from kvrag.explain import why_not
 from kvrag.focus.policy import PLAIN, preset
+from kvrag.ingested import key_of
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
 from kvrag.shared import EngineSettings, SharedEngine, shared_engine
 from kvrag.store.key import tagged_digest
+from kvrag.tiers import Tier
 from langchain_kvrag._hints import WATCH, serve, write_back
-from langchain_kvrag._known import key_of, known_of
 from langchain_kvrag._results import report
 
 logger = logging.getLogger("langchain_kvrag")
@@ -77,7 +78,7 @@ class Serving(BaseModel):
     store: Any = None
     """Where caches are kept: a folder or a `KVStore`; None keeps nothing."""
     engine: _Engine | None = Field(default=None, exclude=True, repr=False)
-    """An engine that is already there, instead of `model`, `store` and the five settings below."""
+    """An engine that is already there, instead of `model`, `store` and the six settings below."""
     device: str | None = None
     """Where the model computes; None: the GPU if there is one."""
     dtype: str = "auto"
@@ -86,6 +87,9 @@ class Serving(BaseModel):
     """Longest prompt plus answer in tokens; None: the model's own limit."""
     codec: str = "raw"
     """How caches are written: "raw", "fp8", "int8" or "int4"."""
+    match: tuple[Tier, ...] = ()
+    """What counts as finding a document in a prompt, beside its exact words: "canonical" (escaped, quoted,
+    other white space), "partial" (beginnings), "middle" (any piece), "markers". See `kvrag.KnownTexts`."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `kvrag.Engine.from_pretrained`, such as `revision` or `max_batch`."""
 
@@ -162,6 +166,7 @@ class Serving(BaseModel):
             dtype=self.dtype,
             max_length=self.max_length,
             codec=self.codec,
+            tiers=self.match,
             options=tuple(sorted(self.model_options.items())),
         )
 
@@ -278,10 +283,9 @@ class Serving(BaseModel):
             ContextOverflowed: the prompt leaves no room for an answer.
             AnswerTimeout: it took too long.
         """
-        chunks = known_of(self.running).chunks_in(prompt) if self.caches else {}
         with self.running.stream_rendered(
             prompt,
-            chunks,
+            None if self.caches else (),
             prefix=self.document_prefix if self.caches else "",
             sampling=call.sampling,
             policy=call.policy,

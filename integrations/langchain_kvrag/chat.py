@@ -18,7 +18,7 @@ from pydantic import BaseModel, model_validator
 
 from kvrag import Answer, AnswerStream, ConfigError, InputError, Piece
 from kvrag.calling import CallWatch
-from langchain_kvrag._known import known_of
+from kvrag.ingested import known_of
 from langchain_kvrag._messages import documents_in, template_messages
 from langchain_kvrag._results import logprobs_of, usage_of
 from langchain_kvrag._serving import Serving, finished, package_version

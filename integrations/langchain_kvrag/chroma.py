@@ -14,10 +14,10 @@ from tqdm import tqdm
 from kvrag import ConfigError, Engine, MissingExtra
 from kvrag.companion import Companion, CompanionReport
 from kvrag.database import FolderDatabase, open_database
+from kvrag.ingested import known_of
 from kvrag.prompt import RagPrompt
 from langchain_kvrag._collection import Access, CachedCollection, ClientAccess, FolderAccess
 from langchain_kvrag._hints import prefetch_of, serve
-from langchain_kvrag._known import known_of
 from langchain_kvrag._serving import TEMPLATE, Serving
 
 try:

@@ -19,9 +19,9 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from pydantic import ConfigDict, PrivateAttr
 
 from kvrag.budget import Budget
+from kvrag.ingested import known_of
 from kvrag.store.key import EntryKey
 from langchain_kvrag._hints import RELEVANCE, WATCH, prefetch_of, write_back
-from langchain_kvrag._known import known_of
 from langchain_kvrag._serving import Serving
 
 

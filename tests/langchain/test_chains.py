@@ -434,7 +434,7 @@ def test_the_same_with_caches_from_the_vector_store(tmp_path: Path) -> None:
 
 
 def test_two_models_of_one_process_do_not_share_what_they_know(documents: list[str]) -> None:
-    from langchain_kvrag._known import known_of
+    from kvrag.ingested import known_of
 
     with Engine(tiny()) as one, Engine(tiny(seed=1)) as two:
         known_of(one).add(documents)

@@ -21,9 +21,9 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 import kvrag
 from kvrag import ConfigError, ContextOverflow, Engine, GenerationCancelled, InputError, Model
 from kvrag.focus import Policy
+from kvrag.ingested import known_of
 from kvrag.testing.models import tiny_tokenizer
 from langchain_kvrag import ChatKVCache
-from langchain_kvrag._known import known_of
 
 
 def chat(engine: Engine, **settings: Any) -> ChatKVCache:

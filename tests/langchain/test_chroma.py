@@ -15,9 +15,9 @@ from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 
 from kvrag import ConfigError, CorpusLocked, Engine, Model
+from kvrag.ingested import known_of
 from kvrag.testing.models import tiny_tokenizer
 from langchain_kvrag import ChatKVCache, KVCacheLLM, KVChroma, LexicalEmbeddings, attach
-from langchain_kvrag._known import known_of
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnablePassthrough
 
 from kvrag import ConfigError, Engine
+from kvrag.ingested import known_of
 from langchain_kvrag import ChatKVCache, KVCacheCompressor, KVCacheMiddleware, KVCacheRetriever, relevance
 from langchain_kvrag._hints import WATCH, prefetch_of
-from langchain_kvrag._known import known_of
 from langchain_kvrag.middleware import LEFT_OUT
 
 FORM = ChatPromptTemplate.from_messages([("system", "Answer.\n\n{context}"), ("human", "{input}")])

@@ -10,8 +10,8 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_core.prompts import PromptTemplate
 
 from kvrag import Engine
+from kvrag.ingested import known_of
 from langchain_kvrag import ChatKVCache, KVCacheLLM
-from langchain_kvrag._known import known_of
 
 
 def text_model(engine: Engine, **settings: Any) -> KVCacheLLM:

@@ -22,9 +22,9 @@ from langchain_tests.integration_tests import (
 from langchain_tests.unit_tests import ChatModelUnitTests, EmbeddingsUnitTests
 
 from kvrag import Engine, MemoryStore
+from kvrag.ingested import known_of
 from kvrag.testing.models import tiny
 from langchain_kvrag import ChatKVCache, KVCacheCompressor, KVCacheRetriever, KVChroma, LexicalEmbeddings
-from langchain_kvrag._known import known_of
 
 
 @cache
