@@ -71,6 +71,7 @@ def test_json_is_one_object_and_nothing_else(run: Run, notes: Path, model: Path)
         "policy",
         "risk",
         "in_full",
+        "trace",
         "usage",
         "seconds",
     }
