@@ -24,7 +24,7 @@ KEYS = [EntryKey(example_fingerprint(), (n, n + 1)) for n in range(6)]
 NEW = EntryKey(example_fingerprint(), (100, 101))
 PINNED, DAMAGED, SHORT = KEYS[0], KEYS[1], KEYS[2]
 NOW = 1.8e9
-BUDGET = 9_000  # six entries of 1.4 kB fit, seven do not
+BUDGET = 9_600  # six entries of 1.5 kB fit, seven do not
 
 
 @pytest.fixture(autouse=True)
