@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def settings(reader: Model) -> Iterator[None]:
     Settings.tokenizer = lambda text: list(reader.text.tokenize(text))
     yield
     Settings._embed_model = Settings._llm = Settings._tokenizer = None
+
+
+@pytest.fixture(autouse=True)
+def loop() -> Iterator[None]:
+    """LlamaIndex asks for the thread's event loop, which Python would make and nobody close."""
+    made = asyncio.new_event_loop()
+    asyncio.set_event_loop(made)
+    yield
+    asyncio.set_event_loop(None)
+    made.close()
 
 
 class Heard(BaseEventHandler):

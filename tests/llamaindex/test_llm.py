@@ -128,7 +128,8 @@ def test_metadata(make: Make, engine: Engine) -> None:
     assert told.context_window == engine.model.max_length
     assert told.num_output == 7
     assert told.is_chat_model
-    assert not told.is_function_calling_model
+    assert told.is_function_calling_model
+    assert not make(calls_functions=False).metadata.is_function_calling_model
     assert told.model_name == "kvrag/reader"
     assert make(context_window=99).metadata.context_window == 99
     assert not make(is_chat_model=False).metadata.is_chat_model

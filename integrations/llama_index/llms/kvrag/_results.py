@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvrag import Answer
+from llama_index.core.base.llms.types import LogProb
+
+from kvrag import Answer, TokenLogprob
 
 
 def counts_of(answer: Answer) -> dict[str, int]:
@@ -46,3 +49,14 @@ def raw_of(answer: Answer, model: str) -> dict[str, Any]:
             "in_full": answer.in_full,
         },
     }
+
+
+def logprobs_of(tokens: Sequence[TokenLogprob] | None) -> list[list[LogProb]] | None:
+    """For each token it and then the likeliest ones at its place; None without any."""
+    if not tokens:
+        return None
+    return [[_logprob(token), *map(_logprob, token.top)] for token in tokens]
+
+
+def _logprob(token: TokenLogprob) -> LogProb:
+    return LogProb(token=token.text, logprob=token.logprob, bytes=list(token.text.encode()))

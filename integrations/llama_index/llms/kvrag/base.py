@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_prompt
@@ -18,66 +17,39 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
     MessageRole,
+    TextBlock,
+    ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
 
-from kvrag import Answer, AnswerStream, ConfigError, GenerationCancelled, Policy, Sampling
-from kvrag.explain import why_not
+from kvrag import Answer, ConfigError, InputError, Policy, Sampling
+from kvrag.calling import CallWatch
 from kvrag.focus.policy import preset
+from llama_index.llms.kvrag._asked import Asked
 from llama_index.llms.kvrag._engine import EngineFields
-from llama_index.llms.kvrag._hints import RETRIEVED, pasted, serve, write_back
-from llama_index.llms.kvrag._known import key_of, known_of
+from llama_index.llms.kvrag._hints import RETRIEVED, serve
+from llama_index.llms.kvrag._known import known_of
 from llama_index.llms.kvrag._messages import template_messages
-from llama_index.llms.kvrag._results import counts_of, raw_of
-
-logger = logging.getLogger("llama_index.llms.kvrag")
+from llama_index.llms.kvrag._results import counts_of, logprobs_of, raw_of
+from llama_index.llms.kvrag._tools import OPTIONS as FORMS
+from llama_index.llms.kvrag._tools import Form, blocks_of, can_keep_to_forms, form_of
 
 # pydantic would look into the policies' dataclasses, and need not: they check themselves.
 if TYPE_CHECKING:
+    from llama_index.core.tools.types import BaseTool
+
     _PolicyOrName = Policy | str
 else:
     _PolicyOrName = Any
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_OPTIONS = frozenset({*_SAMPLING, "max_tokens", "stop", "policy"})
+_OPTIONS = frozenset({*_SAMPLING, *FORMS, "logprobs", "max_tokens", "policy", "stop"})
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """An answer under way, and the nodes that it is about."""
-
-    stream: AnswerStream
-    nodes: Sequence[NodeWithScore]
-    model: str
-
-    def finish(self) -> Answer:
-        """The whole answer; what it made of the nodes is written into them.
-
-        Raises:
-            GenerationCancelled: it was stopped.
-        """
-        answer = self.stream.answer
-        if answer is None:
-            raise GenerationCancelled("the answer was cancelled")
-        write_back(self.nodes, raw_of(answer, self.model)["kvrag"]["documents"])
-        self._explain(answer)
-        return answer
-
-    def _explain(self, answer: Answer) -> None:
-        """One line about retrieved nodes that are not among the answer's cached ones."""
-        if not (self.nodes and logger.isEnabledFor(logging.DEBUG)):
-            return
-        found = {use.key for use in answer.documents}
-        missed = [text for node in self.nodes if key_of(text := pasted(node.node)) not in found]
-        if missed:
-            reasons = (f"{text[:32]!r}: {why_not(answer.plan, text, min_chars=16)}" for text in missed)
-            logger.debug("%d retrieved nodes were not used from caches: %s", len(missed), "; ".join(reasons))
-
-
-class KVCacheLLM(EngineFields, LLM):
+class KVCacheLLM(EngineFields, FunctionCallingLLM):
     """A local model that reads retrieved nodes from prebuilt KV caches.
 
     Nodes that a retriever returned, that `KVCacheTransform` built caches for, or that were read before are
@@ -111,6 +83,16 @@ class KVCacheLLM(EngineFields, LLM):
     )
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     stop: list[str] = Field(default_factory=list, description="The answer ends before any of these texts.")
+    logprobs: int | None = Field(
+        default=None, description="Tell log-probabilities, and so many likeliest tokens; None: nothing."
+    )
+    calls_functions: bool | None = Field(
+        default=None,
+        description="Whether agents may give it tools; None: with a chat template and llguidance installed.",
+    )
+    max_string: int | None = Field(
+        default=None, description="Longest text in a tool's arguments in characters; None: no end."
+    )
 
     def __init__(self, **fields: Any) -> None:
         """Load the model, so that what is wrong with it shows at once.
@@ -138,7 +120,7 @@ class KVCacheLLM(EngineFields, LLM):
             context_window=self.context_window or self.running.model.max_length,
             num_output=self.max_tokens,
             is_chat_model=self._is_chat,
-            is_function_calling_model=False,
+            is_function_calling_model=self._calls_functions,
             model_name=self.model,
         )
 
@@ -150,47 +132,52 @@ class KVCacheLLM(EngineFields, LLM):
     def _is_chat(self) -> bool:
         return self.running.model.text.has_template if self.is_chat_model is None else self.is_chat_model
 
+    @property
+    def _calls_functions(self) -> bool:
+        if self.calls_functions is not None:
+            return self.calls_functions
+        return self._is_chat and self.running.model.text.has_template and can_keep_to_forms()
+
     # ---- messages
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        asked = self._ask(*self._written(messages), kwargs)
-        with asked.stream as stream:
-            for _ in stream:
-                pass
-            return self._chat_response(asked.finish())
+        asked = self._converse(messages, kwargs)
+        for _ in asked.pieces():
+            pass
+        return self._chat_response(asked)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The same without blocking the event loop."""
-        asked = self._ask(*self._written(messages), kwargs)
-        with asked.stream as stream:
-            async for _ in stream:
-                pass
-            return self._chat_response(asked.finish())
+        asked = self._converse(messages, kwargs)
+        async for _ in asked.apieces():
+            pass
+        return self._chat_response(asked)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """The same, piece by piece; the last piece has no text, but the counts."""
-        asked = self._ask(*self._written(messages), kwargs)
+        asked = self._converse(messages, kwargs)
 
         def pieces() -> ChatResponseGen:
-            for text, piece in _grown(asked):
+            for text, piece in asked.grown():
                 yield ChatResponse(message=_said(text), delta=piece)
-            yield self._chat_response(asked.finish(), delta="")
+            yield self._chat_response(asked, delta="")
 
         return pieces()
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """The same without blocking the event loop."""
-        asked = self._ask(*self._written(messages), kwargs)
+        asked = self._converse(messages, kwargs)
 
         async def pieces() -> ChatResponseAsyncGen:
-            async for text, piece in _agrown(asked):
-                yield ChatResponse(message=_said(text), delta=piece)
-            yield self._chat_response(asked.finish(), delta="")
+            async with aclosing(asked.agrown()) as grown:
+                async for text, piece in grown:
+                    yield ChatResponse(message=_said(text), delta=piece)
+            yield self._chat_response(asked, delta="")
 
         return pieces()
 
@@ -200,19 +187,17 @@ class KVCacheLLM(EngineFields, LLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a text; of a chat model the user's message, unless it is `formatted` already."""
         asked = self._ask(*self._completing(prompt, formatted), kwargs)
-        with asked.stream as stream:
-            for _ in stream:
-                pass
-            return self._completion(asked.finish())
+        for _ in asked.pieces():
+            pass
+        return self._completion(asked.finish())
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The same without blocking the event loop."""
         asked = self._ask(*self._completing(prompt, formatted), kwargs)
-        with asked.stream as stream:
-            async for _ in stream:
-                pass
-            return self._completion(asked.finish())
+        async for _ in asked.apieces():
+            pass
+        return self._completion(asked.finish())
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -220,7 +205,7 @@ class KVCacheLLM(EngineFields, LLM):
         asked = self._ask(*self._completing(prompt, formatted), kwargs)
 
         def pieces() -> CompletionResponseGen:
-            for text, piece in _grown(asked):
+            for text, piece in asked.grown():
                 yield CompletionResponse(text=text, delta=piece)
             yield self._completion(asked.finish(), delta="")
 
@@ -234,20 +219,76 @@ class KVCacheLLM(EngineFields, LLM):
         asked = self._ask(*self._completing(prompt, formatted), kwargs)
 
         async def pieces() -> CompletionResponseAsyncGen:
-            async for text, piece in _agrown(asked):
-                yield CompletionResponse(text=text, delta=piece)
+            async with aclosing(asked.agrown()) as grown:
+                async for text, piece in grown:
+                    yield CompletionResponse(text=text, delta=piece)
             yield self._completion(asked.finish(), delta="")
 
         return pieces()
 
+    # ---- tools
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or [])
+        if isinstance(user_msg, str):
+            user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
+        if user_msg is not None:
+            messages.append(user_msg)
+        choice = kwargs.pop("tool_choice", None) or ("required" if tool_required else "auto")
+        return {
+            "messages": messages,
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tool_choice": choice,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls that a response consists of.
+
+        Raises:
+            InputError: there are none, and there should be.
+        """
+        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if error_on_no_tool_call and not calls:
+            raise InputError(
+                f"the model called no tool; it said {response.message.content!r} "
+                f"({(response.raw or {}).get('finish_reason')}): give it more max_tokens, or require a call"
+            )
+        return [
+            ToolSelection(
+                tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs
+            )
+            for call in calls
+        ]
+
     # ---- prompts and settings
 
-    def _written(self, messages: Sequence[ChatMessage]) -> tuple[str, bool]:
+    def _converse(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Asked:
+        """Start an answer to a conversation."""
+        return self._ask(*self._written(messages, options.get("tools")), options)
+
+    def _written(
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[str, bool]:
         """The prompt of a conversation, and whether a chat template wrote it."""
         if self.messages_to_prompt not in {None, generic_prompt} or not self._is_chat:
             assert self.messages_to_prompt is not None
+            if tools:
+                raise ConfigError("this model has no chat template to write tools with; use a ReActAgent")
             return self.messages_to_prompt(messages), False
-        return self.running.model.text.render(template_messages(messages)), True
+        return self.running.render(template_messages(messages), tools), True
 
     def _completing(self, prompt: str, formatted: bool) -> tuple[str, bool]:
         """The prompt of a text."""
@@ -259,25 +300,26 @@ class KVCacheLLM(EngineFields, LLM):
             return written, False
         return self._written([ChatMessage(role=MessageRole.USER, content=prompt)])
 
-    def _ask(self, prompt: str, is_rendered: bool, options: Mapping[str, Any]) -> _Asked:
+    def _ask(self, prompt: str, is_rendered: bool, options: Mapping[str, Any]) -> Asked:
         """Start an answer.
 
         Raises:
             ConfigError: an option that is not known, or a value without meaning.
         """
         policy = options.get("policy") or self.policy
+        form = form_of(options, self.max_string)
         chunks = known_of(self.running).chunks_in(prompt) if self.caches else {}
         stream = self.running.stream_rendered(
             prompt,
             chunks,
             prefix=self.document_prefix if chunks else "",  # a prompt is not cut for nothing
-            sampling=self._sampling(options),
+            sampling=self._sampling(options, form),
             policy=preset(policy) if policy and isinstance(policy, str) else policy or None,
             is_rendered=is_rendered,
         )
-        return _Asked(stream, RETRIEVED.get(), self.model)
+        return Asked(stream, RETRIEVED.get(), self.model, form)
 
-    def _sampling(self, options: Mapping[str, Any]) -> Sampling:
+    def _sampling(self, options: Mapping[str, Any], form: Form | None = None) -> Sampling:
         if unknown := sorted(set(options) - _OPTIONS):
             raise ConfigError(
                 f"this model knows no option {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}"
@@ -287,16 +329,28 @@ class KVCacheLLM(EngineFields, LLM):
         return Sampling(
             max_new_tokens=options.get("max_tokens") or self.max_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=options.get("logprobs", self.logprobs),
+            constraint=form.constraint if form else None,
             **{**chosen, "temperature": chosen["temperature"] or 0.0},
         )
 
     # ---- responses
 
-    def _chat_response(self, answer: Answer, delta: str | None = None) -> ChatResponse:
+    def _chat_response(self, asked: Asked, delta: str | None = None) -> ChatResponse:
+        answer = asked.finish()
+        watch = CallWatch(asked.form.tools)
+        text = watch.push(answer.text)
+        rest, calls = watch.finish()
+        text += rest
+        message = _said(text)
+        if calls:
+            found = blocks_of(calls if asked.form.several else calls[:1])
+            message.blocks = [*([TextBlock(text=text)] if text else []), *found]
         return ChatResponse(
-            message=_said(answer.text),
+            message=message,
             delta=delta,
             raw=raw_of(answer, self.model),
+            logprobs=logprobs_of(answer.logprobs),
             additional_kwargs=dict(counts_of(answer)),
         )
 
@@ -305,27 +359,10 @@ class KVCacheLLM(EngineFields, LLM):
             text=answer.text,
             delta=delta,
             raw=raw_of(answer, self.model),
+            logprobs=logprobs_of(answer.logprobs),
             additional_kwargs=dict(counts_of(answer)),
         )
 
 
 def _said(text: str) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, content=text)
-
-
-def _grown(asked: _Asked) -> Iterator[tuple[str, str]]:
-    """The text so far and its last piece; leaving the loop stops the answer."""
-    text = ""
-    with asked.stream as stream:
-        for piece in stream:
-            text += piece
-            yield text, piece
-
-
-async def _agrown(asked: _Asked) -> AsyncIterator[tuple[str, str]]:
-    """The same without blocking the event loop."""
-    text = ""
-    with asked.stream as stream:
-        async for piece in stream:
-            text += piece
-            yield text, piece
