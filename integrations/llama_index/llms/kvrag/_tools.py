@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -56,7 +57,8 @@ def form_of(options: Mapping[str, Any], max_chars: int | None) -> Form:
     some = [tool for tool in tools if chosen in {"required", tool["function"]["name"]}]
     if not some:
         raise ConfigError(f"tool_choice is {choice!r}; expected auto, required, none or the name of a tool")
-    return Form(tuple(tools), bool(several), tool_calls(closed(some, max_chars), several=bool(several)))
+    # One call, also where several are allowed: a small model that may go on does not always find an end.
+    return Form(tuple(tools), bool(several), tool_calls(closed(some, max_chars)))
 
 
 def _choice(choice: Any) -> str:
@@ -70,6 +72,18 @@ def blocks_of(calls: Sequence[ToolCall]) -> list[ToolCallBlock]:
     return [
         ToolCallBlock(tool_call_id=f"call_{uuid4().hex}", tool_name=c.name, tool_kwargs=dict(c.arguments))
         for c in calls
+    ]
+
+
+def in_openai_form(blocks: Sequence[ToolCallBlock]) -> list[dict[str, Any]]:
+    """Calls as dictionaries, arguments as JSON."""
+    return [
+        {
+            "id": block.tool_call_id,
+            "type": "function",
+            "function": {"name": block.tool_name, "arguments": json.dumps(block.tool_kwargs)},
+        }
+        for block in blocks
     ]
 
 

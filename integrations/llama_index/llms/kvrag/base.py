@@ -35,7 +35,7 @@ from llama_index.llms.kvrag._known import known_of
 from llama_index.llms.kvrag._messages import template_messages
 from llama_index.llms.kvrag._results import counts_of, logprobs_of, raw_of
 from llama_index.llms.kvrag._tools import OPTIONS as FORMS
-from llama_index.llms.kvrag._tools import Form, blocks_of, can_keep_to_forms, form_of
+from llama_index.llms.kvrag._tools import Form, blocks_of, can_keep_to_forms, form_of, in_openai_form
 
 # pydantic would look into the policies' dataclasses, and need not: they check themselves.
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ else:
     _PolicyOrName = Any
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_MUST_CALL = "must_call"
 _OPTIONS = frozenset({*_SAMPLING, *FORMS, "logprobs", "max_tokens", "policy", "stop"})
 
 
@@ -243,6 +244,7 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
         if user_msg is not None:
             messages.append(user_msg)
+        tool_required = kwargs.pop(_MUST_CALL, False) or tool_required
         choice = kwargs.pop("tool_choice", None) or ("required" if tool_required else "auto")
         return {
             "messages": messages,
@@ -272,6 +274,26 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
             )
             for call in calls
         ]
+
+    # LlamaIndex's programs do not say that a call is required when they stream.
+
+    def stream_structured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        """An object of a class, as far as it is known; see `LLM.stream_structured_predict`."""
+        return super().stream_structured_predict(
+            output_cls, prompt, self._must_call(llm_kwargs), **prompt_args
+        )
+
+    async def astream_structured_predict(
+        self, output_cls: Any, prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        """The same without blocking the event loop."""
+        told = self._must_call(llm_kwargs)
+        return await super().astream_structured_predict(output_cls, prompt, told, **prompt_args)
+
+    def _must_call(self, options: dict[str, Any] | None) -> dict[str, Any]:
+        return {**(options or {}), **({_MUST_CALL: True} if self._calls_functions else {})}
 
     # ---- prompts and settings
 
@@ -346,6 +368,7 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
         if calls:
             found = blocks_of(calls if asked.form.several else calls[:1])
             message.blocks = [*([TextBlock(text=text)] if text else []), *found]
+            message.additional_kwargs["tool_calls"] = in_openai_form(found)  # programs that stream look here
         return ChatResponse(
             message=message,
             delta=delta,
