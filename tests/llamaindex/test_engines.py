@@ -21,6 +21,7 @@ from llama_index.core.tools import FunctionTool, QueryEngineTool
 import llama_index.postprocessor.kvrag
 from kvrag import ConfigError, Engine, InputError, Policy
 from kvrag.focus import QueryDriven
+from kvrag.known import KnownTexts
 from kvrag.reader.collection import documents, questions
 from llama_index.llms.kvrag import KVCacheLLM
 from llama_index.llms.kvrag._hints import FIELD
@@ -71,6 +72,20 @@ def test_response_modes(mode: str, index: Any, make: Make, heard: Any) -> None:
         else:
             assert str(response) == answer
     assert cached >= 0.95 * whole if is_verbatim else cached == 0
+
+
+def test_the_canonical_tier_finds_what_was_escaped(
+    index: Any, reader: Any, tmp_path: Any, heard: Any
+) -> None:
+    """LlamaIndex pastes a Python list in `simple_summarize`; asked for, its texts are found all the same."""
+    with Engine(reader, tmp_path / "canonical", known=KnownTexts(["canonical"])) as engine:
+        llm = KVCacheLLM(engine=engine, max_tokens=12)
+        asked = index.as_query_engine(llm=llm, similarity_top_k=3, response_mode="simple_summarize")
+        for _ in range(2):
+            heard.events.clear()
+            response = asked.query(QUESTION.question)
+        whole, cached = shares(heard, response, llm)
+    assert cached == whole
 
 
 def test_caches_answer_as_the_same_rows_read_now(index: Any, make: Make, reader: Any) -> None:

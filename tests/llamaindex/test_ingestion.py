@@ -22,7 +22,8 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 
 import llama_index.ingestion.kvrag
 import llama_index.vector_stores.kvrag
-from kvrag import ConfigError, Engine, MemoryStore
+from kvrag import ConfigError, Engine, MemoryStore, Model
+from kvrag.testing.models import tiny_model, tiny_tokenizer
 from llama_index.embeddings.kvrag import LexicalEmbedding
 from llama_index.ingestion.kvrag import KVCacheTransform
 from llama_index.llms.kvrag import KVCacheLLM
@@ -89,6 +90,18 @@ def test_what_was_ingested_is_answered_from_caches(
     uses = heard.answers()[-1].raw["kvrag"]["documents"]
     assert [use["is_hit"] for use in uses] == [True] * 3, "headers of metadata, None in them, are part of it"
     assert len(response.source_nodes) == 3
+
+
+def test_a_model_without_template_finds_its_caches(tmp_path: Path, heard: Any) -> None:
+    """What it puts in front of every text (BOS) stands in front of documents, too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with Engine(Model(tiny_model("llama"), tokenizer), tmp_path / "store") as engine:
+        llm = KVCacheLLM(engine=engine, max_tokens=2)
+        nodes = pipeline(KVCacheTransform(llm=llm)).run(documents=documents(*TEXTS))
+        VectorStoreIndex(nodes).as_query_engine(llm=llm, similarity_top_k=3).query("Who lives there?")
+    uses = heard.answers()[-1].raw["kvrag"]["documents"]
+    assert [use["is_hit"] for use in uses] == [True] * 3
 
 
 @pytest.mark.parametrize("runs", ["run", "arun"])

@@ -26,9 +26,9 @@ import llama_index.embeddings.kvrag
 import llama_index.llms.kvrag
 from kvrag import ConfigError, ContextOverflow, Engine, GenerationCancelled, InputError, Model, Policy
 from kvrag.focus import Pruning
+from kvrag.ingested import known_of
 from kvrag.testing.models import tiny_model, tiny_tokenizer
 from llama_index.llms.kvrag import KVCacheLLM
-from llama_index.llms.kvrag._known import known_of
 
 HELLO = [ChatMessage(role="user", content="Hello")]
 TEXT = "Neiia Kleiski. She lives in Naihaven. Her hobby is judo."

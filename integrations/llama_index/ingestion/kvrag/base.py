@@ -12,7 +12,6 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from kvrag import ConfigError
 from kvrag.companion import CompanionReport
-from kvrag.prompt import RagPrompt
 from kvrag.store.key import tagged_digest
 from llama_index.llms.kvrag import KVCacheLLM
 from llama_index.llms.kvrag._caches import OWNER, NodeCaches
@@ -64,13 +63,13 @@ class KVCacheTransform(EngineFields, TransformComponent):
     def caches(self) -> NodeCaches:
         """The caches of the index; opened now if they are not yet."""
         if self._caches is None:
-            self._caches = NodeCaches(self.running, self.document_prefix, self.owner)
+            self._caches = NodeCaches(self.running, self.form, self.owner)
         return self._caches
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The settings and what entries depend on: by it the pipeline knows whether to build anew."""
-        fingerprint = self.running.encoder(RagPrompt(self.document_prefix)).fingerprint
-        return {**super().to_dict(**kwargs), "fingerprint": tagged_digest(fingerprint.fields())}
+        depends_on = self.running.encoder(self.form).fingerprint.fields()
+        return {**super().to_dict(**kwargs), "fingerprint": tagged_digest({**depends_on})}
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Build the nodes' caches; the nodes as they came."""

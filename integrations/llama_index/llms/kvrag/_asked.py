@@ -12,8 +12,8 @@ from llama_index.core.schema import NodeWithScore
 from kvrag import Answer, AnswerStream, GenerationCancelled
 from kvrag.calling import CallWatch
 from kvrag.explain import why_not
+from kvrag.ingested import key_of
 from llama_index.llms.kvrag._hints import pasted, write_back
-from llama_index.llms.kvrag._known import key_of
 from llama_index.llms.kvrag._results import raw_of
 from llama_index.llms.kvrag._tools import Form
 

@@ -10,10 +10,10 @@ from llama_index.core.schema import BaseNode
 
 from kvrag import ConfigError, Engine
 from kvrag.companion import Companion, CompanionReport
+from kvrag.ingested import key_of, known_of
 from kvrag.prompt import RagPrompt
 from kvrag.store.references import References
 from llama_index.llms.kvrag._hints import pasted
-from llama_index.llms.kvrag._known import key_of, known_of
 
 OWNER = "llama_index"
 _BETWEEN = "\x1f"
@@ -26,12 +26,12 @@ class NodeCaches:
     digest of the text as it will be pasted. May be used from any thread.
     """
 
-    def __init__(self, engine: Engine, prefix: str, owner: str) -> None:
+    def __init__(self, engine: Engine, form: RagPrompt, owner: str) -> None:
         """Keep the caches of an index.
 
         Args:
             engine: whose caches.
-            prefix: what nodes are encoded behind.
+            form: of the prompts that the nodes will stand in.
             owner: name of the index; each that shares a store has its own.
 
         Raises:
@@ -42,7 +42,7 @@ class NodeCaches:
             raise ConfigError("the engine has no store to keep caches in; make it with store=...")
         path: Any = getattr(store, "path", None)
         self._references = References(None if path is None else Path(path) / "references.sqlite")
-        encoder = engine.encoder(RagPrompt(prefix))
+        encoder = engine.encoder(form)
         self._companion = Companion(owner, store, encoder, references=self._references)
         self._known, self._owner = known_of(engine), owner
 
@@ -74,7 +74,7 @@ class NodeCaches:
     def drop_nodes(self, nodes: Sequence[BaseNode]) -> None:
         """Nodes are gone."""
         self._companion.drop({_record(node) for node in nodes})
-        self._known.forget(pasted(node) for node in nodes)
+        self._known.remove(pasted(node) for node in nodes)
 
     def documents(self) -> set[str]:
         """Ids of the documents that have caches."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
 
 from kvrag import ConfigError, Engine
+from kvrag.ingested import known_of
 from kvrag.model import READER
+from kvrag.prompt import RagPrompt
 from kvrag.shared import EngineSettings, SharedEngine, shared_engine
-from llama_index.llms.kvrag._known import known_of
 
 # pydantic would look into the engine, and need not.
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class EngineFields(BaseModel):
     def document_prefix(self) -> str:
         """The text that documents are encoded behind."""
         return self.running.model.text.opening if self.prefix == TEMPLATE else self.prefix
+
+    @property
+    def form(self) -> RagPrompt:
+        """The beginning of prompts that documents are encoded behind, and whether a template writes BOS."""
+        return RagPrompt(self.document_prefix, is_rendered=self.running.model.text.has_template)
 
     def engine_fields(self) -> dict[str, Any]:
         """The same engine and prefix for another component."""

@@ -20,8 +20,9 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index_instrumentation import get_dispatcher
 
 from kvrag import Engine
+from kvrag.ingested import engines, key_of, known_of
 from kvrag.prefetch import Prefetch
-from llama_index.llms.kvrag._known import engines, key_of, known_of
+from kvrag.prompt import RagPrompt
 
 FIELD = "kvrag"
 """The metadata field in which a node carries what an answer made of it."""
@@ -29,7 +30,7 @@ FIELD = "kvrag"
 RETRIEVED: ContextVar[Sequence[NodeWithScore]] = ContextVar("kvrag_retrieved", default=())
 """The nodes that the next answers of this context are about, as the post-processor handed them out."""
 
-_prefixes: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[Engine, RagPrompt] = WeakKeyDictionary()
 _prefetches: WeakKeyDictionary[Engine, Prefetch] = WeakKeyDictionary()
 _attaching = threading.Lock()
 
@@ -50,11 +51,11 @@ class Watch(BaseEventHandler):
                 expect(engine, texts)
 
 
-def serve(engine: Engine, prefix: str) -> None:
-    """From now on, what any retriever returns is made known to this engine and loaded behind this prefix."""
+def serve(engine: Engine, form: RagPrompt) -> None:
+    """From now on, what retrievers return is made known to this engine and loaded in this form."""
     known_of(engine)
     with _attaching:
-        _prefixes[engine] = prefix
+        _forms[engine] = form
         root = get_dispatcher()
         if not any(isinstance(handler, Watch) for handler in root.event_handlers):
             root.add_event_handler(Watch())
@@ -63,9 +64,9 @@ def serve(engine: Engine, prefix: str) -> None:
 def expect(engine: Engine, texts: Sequence[str]) -> None:
     """Texts will probably stand in a prompt for this engine soon."""
     known_of(engine).see(texts)
-    prefix = _prefixes.get(engine)
-    if prefix is not None:
-        prefetch_of(engine).hint(texts, prefix)
+    form = _forms.get(engine)
+    if form is not None:
+        prefetch_of(engine).hint(texts, form)
 
 
 def prefetch_of(engine: Engine) -> Prefetch:

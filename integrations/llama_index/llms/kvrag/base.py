@@ -31,7 +31,6 @@ from kvrag.focus.policy import preset
 from llama_index.llms.kvrag._asked import Asked
 from llama_index.llms.kvrag._engine import EngineFields
 from llama_index.llms.kvrag._hints import RETRIEVED, serve
-from llama_index.llms.kvrag._known import known_of
 from llama_index.llms.kvrag._messages import template_messages
 from llama_index.llms.kvrag._results import counts_of, logprobs_of, raw_of
 from llama_index.llms.kvrag._tools import OPTIONS as FORMS
@@ -107,7 +106,7 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
         if isinstance(self.policy, str) and self.policy:
             preset(self.policy)
         self.running.model.fingerprint()  # reads all weights once: better now than in an event loop
-        serve(self.running, self.document_prefix)
+        serve(self.running, self.form)
 
     @classmethod
     def class_name(cls) -> str:
@@ -270,7 +269,9 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
             )
         return [
             ToolSelection(
-                tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs
+                tool_id=call.tool_call_id or "",
+                tool_name=call.tool_name,
+                tool_kwargs=call.tool_kwargs if isinstance(call.tool_kwargs, dict) else {},
             )
             for call in calls
         ]
@@ -330,11 +331,10 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
         """
         policy = options.get("policy") or self.policy
         form = form_of(options, self.max_string)
-        chunks = known_of(self.running).chunks_in(prompt) if self.caches else {}
         stream = self.running.stream_rendered(
             prompt,
-            chunks,
-            prefix=self.document_prefix if chunks else "",  # a prompt is not cut for nothing
+            None if self.caches else (),
+            prefix=self.document_prefix if self.caches else "",
             sampling=self._sampling(options, form),
             policy=preset(policy) if policy and isinstance(policy, str) else policy or None,
             is_rendered=is_rendered,

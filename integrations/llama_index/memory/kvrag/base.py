@@ -11,7 +11,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory.memory import BaseMemoryBlock
 
-from kvrag import ConfigError, Corpus, Index, RagPrompt
+from kvrag import ConfigError, Corpus, Index
 from kvrag.budget import Budget
 from kvrag.store.references import References
 from llama_index.llms.kvrag import KVCacheLLM
@@ -59,12 +59,12 @@ class KVCacheMemoryBlock(BaseMemoryBlock[str]):
         if engine.store is None:
             raise ConfigError("the engine has no store to keep caches in; make it with store=...")
         super().__init__(**{"llm": llm, "path": str(path), **fields})
-        encoder = engine.encoder(RagPrompt(llm.document_prefix))
+        encoder = engine.encoder(llm.form)
         folder: Any = getattr(engine.store, "path", None)
         self._references = References(None if folder is None else Path(folder) / "references.sqlite")
         self._index = Index.open(self.path, self.collection)
         self._corpus = Corpus(self._index, engine.store, encoder, references=self._references)
-        self._budget = Budget(engine, llm.document_prefix, max_tokens=self.max_tokens)
+        self._budget = Budget(engine, llm.form, max_tokens=self.max_tokens)
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> str:
         return await asyncio.to_thread(self._find, messages or [], str(block_kwargs.get("session_id") or ""))

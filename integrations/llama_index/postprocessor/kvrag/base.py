@@ -56,9 +56,7 @@ class KVCachePostprocessor(BaseNodePostprocessor):
         if fields.get("order", "keep") not in {"keep", "best_last", "source"}:
             raise ConfigError(f"order is {fields['order']!r}; expected keep, best_last or source")
         super().__init__(**{"llm": llm, **fields})
-        self._budget = Budget(
-            llm.running, llm.document_prefix, max_tokens=self.max_tokens, answer_tokens=llm.max_tokens
-        )
+        self._budget = Budget(llm.running, llm.form, max_tokens=self.max_tokens, answer_tokens=llm.max_tokens)
 
     @classmethod
     def class_name(cls) -> str:
@@ -78,7 +76,8 @@ class KVCachePostprocessor(BaseNodePostprocessor):
 
     def _chosen(self, nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
         """Copies of the nodes that fit, in order."""
-        ranked = sorted(nodes, key=lambda n: -n.score) if all(n.score is not None for n in nodes) else nodes
+        is_scored = all(found.score is not None for found in nodes)
+        ranked = sorted(nodes, key=lambda found: -(found.score or 0.0)) if is_scored else nodes
         lengths = [self._budget.length(pasted(found.node)) for found in ranked]
         kept = {id(ranked[number]): lengths[number] for number in self._budget.fitting(lengths)}
         retrieved = ranked[::-1] if self.order == "best_last" else nodes
@@ -122,7 +121,7 @@ def _marked(found: NodeWithScore, num_tokens: int) -> NodeWithScore:
 
 def _by_source(nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
     """Nodes of one document together, where the first of them stood, in the document's order."""
-    first = {}
+    first: dict[str, int] = {}
     for number, found in enumerate(nodes):
         first.setdefault(found.node.ref_doc_id or found.node.node_id, number)
 

@@ -10,7 +10,6 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode
 from llama_index.core.storage.storage_context import StorageContext
 from llama_index.core.vector_stores.types import (
-    MetadataFilters,
     VectorStoreQuery,
     VectorStoreQueryResult,
 )
@@ -87,8 +86,8 @@ class KVChromaVectorStore(ChromaVectorStore):
             raise ConfigError(f"llm is a {type(llm).__name__}; expected the KVCacheLLM that will answer")
         super().__init__(**fields)
         self.owner = owner
-        self._caches = NodeCaches(llm.running, llm.document_prefix, owner)
-        self._collection = _Upserting(self._collection)
+        self._caches = NodeCaches(llm.running, llm.form, owner)
+        self._collection: Any = _Upserting(self._collection)
 
     @classmethod
     def class_name(cls) -> str:
@@ -100,7 +99,7 @@ class KVChromaVectorStore(ChromaVectorStore):
         last = list({node.node_id: node for node in nodes}.values())
         for start in range(0, len(last), _PAGE):
             batch = last[start : start + _PAGE]
-            before = list(self._get(limit=None, where=None, ids=[node.node_id for node in batch]).nodes or ())
+            before = list(self._get(limit=None, where={}, ids=[node.node_id for node in batch]).nodes or ())
             freed = self._caches.build(batch)
             super().add(batch, **add_kwargs)
             self._drop(before)
@@ -114,8 +113,10 @@ class KVChromaVectorStore(ChromaVectorStore):
         self._caches.drop_nodes(before)
         self._caches.drop_documents([ref_doc_id])
 
-    def delete_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> None:
-        """Delete nodes and their caches."""
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: Any = None, **delete_kwargs: Any
+    ) -> None:
+        """Delete nodes and their caches; `filters` are `MetadataFilters`."""
         before = self.get_nodes(node_ids, filters) if node_ids or filters else []
         if before:  # the base class deletes nothing by filters alone: Chroma refuses its empty list of ids
             super().delete_nodes([node.node_id for node in before])
@@ -151,7 +152,7 @@ class KVChromaVectorStore(ChromaVectorStore):
 
     def _all(self) -> Sequence[BaseNode]:
         found: list[BaseNode] = []
-        while page := self._get(limit=_PAGE, where=None, offset=len(found)).nodes:
+        while page := self._get(limit=_PAGE, where={}, offset=len(found)).nodes:
             found += page
         return found
 
@@ -166,7 +167,7 @@ class KVChromaVectorStore(ChromaVectorStore):
         await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
 
     async def adelete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+        self, node_ids: list[str] | None = None, filters: Any = None, **kwargs: Any
     ) -> None:
         """The same as `delete_nodes`."""
         await asyncio.to_thread(self.delete_nodes, node_ids, filters)
@@ -175,9 +176,7 @@ class KVChromaVectorStore(ChromaVectorStore):
         """The same as `clear`."""
         await asyncio.to_thread(self.clear)
 
-    async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
+    async def aget_nodes(self, node_ids: list[str] | None = None, filters: Any = None) -> list[BaseNode]:
         """The same as `get_nodes`."""
         return await asyncio.to_thread(self.get_nodes, node_ids, filters)
 
