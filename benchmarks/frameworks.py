@@ -2,16 +2,18 @@
 
     python benchmarks/frameworks.py                          # against the bare engine
     python benchmarks/frameworks.py --peer peer/bin/python   # and against langchain-huggingface
+    python benchmarks/frameworks.py --llama-index-peer peer/bin/python   # and llama-index-llms-huggingface
     python benchmarks/frameworks.py --smoke                  # seconds, for continuous integration
 
 All sides get the same random-weight model, documents and questions, and take turns, question by question.
 What is timed is an answer of one token, which is the same on every side whether or not it streams. Questions
 are new every time; documents are in the store.
 
-langchain-huggingface wants huggingface-hub<2, which the transformers of this environment does not; so it runs
-in an environment of its own, as a process that takes its turns:
+The peers want other versions of what this environment has; so each runs in an environment of its own, as a
+process that takes its turns:
 
     python -m venv peer && peer/bin/pip install langchain-huggingface transformers torch
+    python -m venv peer && peer/bin/pip install llama-index-llms-huggingface torch
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ from typing import Any
 
 import torch
 from langchain_core.messages import HumanMessage, SystemMessage
+from llama_index.core.llms import ChatMessage
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag import Engine, Sampling
+from kvrag.ingested import known_of
 from kvrag.model import quiet
 from kvrag.testing.models import VOCAB_SIZE, tiny_tokenizer
 from langchain_kvrag import ChatKVCache, KVCacheLLM
-from langchain_kvrag._known import known_of
+from llama_index.llms.kvrag import KVCacheLLM as LlamaIndexLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,11 @@ class Setting:
 
 
 SMOKE = Setting(layers=2, hidden=64, inner=96, heads=4, documents=2, document_tokens=64, turns=2)
+VERSIONS = ("torch", "transformers", "langchain-core", "llama-index-core")
+PEERS = {
+    "langchain-huggingface": "peer_langchain.py",
+    "llama-index-llms-huggingface": "peer_llamaindex.py",
+}
 INSTRUCTION = "Answer from the documents.\n\n"
 
 
@@ -97,6 +106,7 @@ class Sides:
         known_of(engine).add(documents)
         self.chat = ChatKVCache(engine=engine, max_tokens=1)
         self.text = KVCacheLLM(engine=engine, max_tokens=1)
+        self.llama = LlamaIndexLLM(engine=engine, max_tokens=1)
         self.chunks = {str(n): text for n, text in enumerate(documents)}
         self.prefix = engine.model.text.opening
 
@@ -138,6 +148,25 @@ class Sides:
         """The text model."""
         self.text.invoke(self.prompt(question))
 
+    def _llama_index(self, question: str) -> list[ChatMessage]:
+        return [ChatMessage(**said) for said in self.messages(question)]
+
+    def llama_chat(self, question: str) -> None:
+        """LlamaIndex's model."""
+        self.llama.chat(self._llama_index(question))
+
+    def llama_stream(self, question: str) -> None:
+        """Its first piece."""
+        next(self.llama.stream_chat(self._llama_index(question)))
+
+    def llama_async(self, question: str) -> None:
+        """It in an event loop."""
+        self.loop.run_until_complete(self.llama.achat(self._llama_index(question)))
+
+    def llama_text(self, question: str) -> None:
+        """It with a text that is formatted already."""
+        self.llama.complete(self.prompt(question), formatted=True)
+
     @contextmanager
     def all(self) -> Iterator[dict[str, Callable[[str], None]]]:
         """Ways by name."""
@@ -148,15 +177,20 @@ class Sides:
             "ChatKVCache.stream": self.chat_stream,
             "ChatKVCache.ainvoke": self.chat_async,
             "KVCacheLLM.invoke": self.text_invoke,
+            "LlamaIndex KVCacheLLM.chat": self.llama_chat,
+            "LlamaIndex KVCacheLLM.stream_chat": self.llama_stream,
+            "LlamaIndex KVCacheLLM.achat": self.llama_async,
+            "LlamaIndex KVCacheLLM.complete": self.llama_text,
         }
         self.loop.close()
 
 
 class Peer:
-    """langchain-huggingface in its own process."""
+    """Another integration in its own process."""
 
-    def __init__(self, python: str, folder: Path, threads: int) -> None:
-        script = Path(__file__).parent / "frameworks_parts" / "peer_langchain.py"
+    def __init__(self, name: str, python: str, folder: Path, threads: int) -> None:
+        self.name = name
+        script = Path(__file__).parent / "frameworks_parts" / PEERS[name]
         command = [python, str(script), str(folder), str(threads)]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self._process = subprocess.Popen(
@@ -169,7 +203,7 @@ class Peer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompt": prompt, "messages": messages}) + "\n")
         self._process.stdin.flush()
-        return {f"langchain-huggingface {name}": s for name, s in self._read().items()}
+        return {f"{self.name} {way}": s for way, s in self._read().items()}
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -180,19 +214,19 @@ class Peer:
         self._process.communicate("")
 
 
-def measure(setting: Setting, peer_python: str | None, threads: int) -> dict[str, Any]:
+def measure(setting: Setting, pythons: dict[str, str], threads: int) -> dict[str, Any]:
     """Run all sides in turns."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         save_model(setting, folder)
-        peer = Peer(peer_python, folder, threads) if peer_python else None
+        peers = [Peer(name, python, folder, threads) for name, python in pythons.items()]
         with Engine.from_pretrained(folder, store=Path(place) / "store", device="cpu") as engine:
             sides = Sides(engine, documents_of(setting))
             with sides.all() as ways:
-                seconds, busy = run(setting, sides, ways, peer)
-        if peer is not None:
+                seconds, busy = run(setting, sides, ways, peers)
+        for peer in peers:
             peer.close()
-    return summary(setting, seconds, busy, threads, peer.versions if peer else {})
+    return summary(setting, seconds, busy, threads, {peer.name: peer.versions for peer in peers})
 
 
 Seconds = dict[str, list[float]]
@@ -200,7 +234,7 @@ Seconds = dict[str, list[float]]
 
 
 def run(
-    setting: Setting, sides: Sides, ways: dict[str, Callable[[str], None]], peer: Peer | None
+    setting: Setting, sides: Sides, ways: dict[str, Callable[[str], None]], peers: list[Peer]
 ) -> tuple[Seconds, Seconds]:
     """Seconds on the clock and of the processor (all threads, which says more on a busy machine).
 
@@ -217,7 +251,7 @@ def run(
             start, start_busy = time.perf_counter(), time.process_time()
             ways[name](question)
             taken[name], used[name] = time.perf_counter() - start, time.process_time() - start_busy
-        if peer is not None:
+        for peer in peers:
             taken |= peer.ask(sides.prompt(question), sides.messages(question))
         if turn >= 0:
             _note(seconds, taken)
@@ -241,7 +275,7 @@ def above(seconds: Seconds) -> dict[str, float]:
 
 
 def summary(
-    setting: Setting, seconds: Seconds, busy: Seconds, threads: int, others: dict[str, str]
+    setting: Setting, seconds: Seconds, busy: Seconds, threads: int, others: dict[str, Any]
 ) -> dict[str, Any]:
     """Medians, and what each side takes above the engine."""
     return {
@@ -250,7 +284,9 @@ def summary(
             "cpu": cpu_name(),
             "threads": threads,
             "load": os.getloadavg()[0],
-            "versions": {n: version(n) for n in ("torch", "transformers", "langchain-core")},
+            "versions": {
+                n: version(n) for n in ("torch", "transformers", "langchain-core", "llama-index-core")
+            },
             "peer_versions": others,
         },
         "median_seconds": {name: median(values) for name, values in seconds.items()},
@@ -271,16 +307,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--smoke", action="store_true", help="seconds, and nothing is kept")
     parser.add_argument("--peer", help="Python of an environment with langchain-huggingface")
+    parser.add_argument("--llama-index-peer", help="Python of one with llama-index-llms-huggingface")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="where to keep the result as JSON, under langchain")
+    parser.add_argument("--out", type=Path, help="where to keep the result as JSON, under frameworks")
     args = parser.parse_args()
     quiet()
     torch.set_num_threads(args.threads)
-    result = measure(SMOKE if args.smoke else Setting(), args.peer, args.threads)
+    given = {"langchain-huggingface": args.peer, "llama-index-llms-huggingface": args.llama_index_peer}
+    pythons = {name: python for name, python in given.items() if python}
+    result = measure(SMOKE if args.smoke else Setting(), pythons, args.threads)
     print(json.dumps(result, indent=2))
     if args.out and not args.smoke:
         before = json.loads(args.out.read_text()) if args.out.exists() else {}
-        args.out.write_text(json.dumps({**before, "langchain": result}, indent=2) + "\n")
+        args.out.write_text(json.dumps({**before, "frameworks": result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

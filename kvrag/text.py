@@ -186,7 +186,8 @@ class Text:
         """What the chat template writes before the text of a first message: what all conversations share.
 
         Of a system message, where the template knows such. It ends before a date that the template writes,
-        because that is another one tomorrow; without a template it is empty.
+        because that is another one tomorrow, and before blanks, which tokenizers join to the next word;
+        without a template it is empty.
         """
         if not self.has_template:
             return ""
@@ -201,7 +202,7 @@ class Text:
                 )
             except (TemplateError, LookupError, TypeError, ValueError):  # as in `render`
                 continue
-            return whole.partition(_MARK)[0]
+            return whole.partition(_MARK)[0].rstrip()
         return ""
 
     @property
