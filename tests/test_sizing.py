@@ -17,6 +17,7 @@ from kvrag.shapes import ModelShape, of_network, shape_of
 from kvrag.sizing import Sizer, break_even, estimate_size
 from kvrag.store import layout
 from kvrag.store.codec import CODECS
+from kvrag.store.key import EntryKey
 from kvrag.testing.models import FAMILIES, tiny, tiny_model, tiny_tokenizer
 from kvrag.testing.stores import example_fingerprint, example_rows
 
@@ -58,7 +59,7 @@ def test_bytes_are_those_of_real_files(num_tokens: int, codec: str, layers: int)
     rotations = (Rotation((1.0,) * 4),) * layers
     fingerprint = example_fingerprint(codec=codec, rotations=rotations)
     kv = example_rows(tuple(range(num_tokens)), shapes=shapes)
-    manifest, parts = layout.encode(fingerprint, kv, 1.7e9)
+    manifest, parts = layout.encode(EntryKey(fingerprint, kv.tokens), kv, 1.7e9)
     real = sum(map(len, parts)) + len(layout.dump_manifest(manifest))
     frame = real - sizer.rows(codec, num_tokens) - 4 * num_tokens
     assert sizer.rows(codec, num_tokens) == sum(end - start for start, end in manifest.layer_spans())
