@@ -265,12 +265,12 @@ def test_other_values_are_refused_whole(held: KVDocStore, engine: Engine, docume
         """A class of its own, with nothing more to it."""
 
     good = ("good", Document(documents[0]))
-    refused: list[tuple[str, Any, str]] = [
+    refused: list[tuple[Any, Any, str]] = [
         ("bad", b"bytes", r"'bad': KVDocStore keeps Documents, .*; got bytes"),
         ("bad", Longer("text", more=1), r"a Longer has fields that a Document has not \(more\)"),
         ("bad", Document("text", metadata={"when": {1, 2}}), r"'bad': metadata is not kept as it is by JSON"),
         ("\ud800", Document("text"), "half a character"),
-        (5, Document("text"), "5 is no name for a document: names are text"),  # type: ignore[list-item]
+        (5, Document("text"), "5 is no name for a document: names are text"),
     ]
     for key, value, message in refused:
         with pytest.raises(InputError, match=message):
