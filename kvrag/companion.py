@@ -6,15 +6,20 @@ that `reconcile` mends:
 
 | add, upsert, update | `hold` (reference, entry) -> collection -> `collect` (entries nobody refers to) |
 | delete              | collection -> `drop` (reference, entries nobody refers to)                      |
+
+Where the collection is locked for a change, nobody should wait for the model: `prepared` builds before it is
+locked, `refer` says meanwhile who refers to what.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from kvrag.errors import ConfigError, InputError, StoreWriteError
 from kvrag.items import Encoder
@@ -114,6 +119,21 @@ class Companion:
                 progress(done, len(texts))
         return freed
 
+    @contextmanager
+    def prepared(self, texts: Iterable[str]) -> Iterator[None]:
+        """Texts have entries until the block ends; what nobody refers to by then is removed."""
+        mark = uuid4().hex  # no record has such a name; after a crash, `reconcile` finds it to be nobody's
+        names = {f"prepared {mark} {n}": text for n, text in enumerate(texts)}
+        try:
+            self.hold(names)
+            yield
+        finally:
+            self.drop(names)
+
+    def refer(self, texts: Mapping[str, str]) -> list[str]:
+        """As `hold`, without building: for entries that are there, or will be when they are first used."""
+        return self._trying(lambda: self._refer(self._keys(texts.items()), texts)) or []
+
     def collect(self, freed: Sequence[str]) -> list[str]:
         """Remove those of these entries that nobody refers to; the ids of what was removed."""
         if not freed:
@@ -161,15 +181,21 @@ class Companion:
         self._references.close()
 
     def _hold(self, records: Sequence[Record]) -> list[str]:
-        keys = {i: key for i, text in records if (key := self.key_of(text)) is not None}
-        without = [i for i, _ in records if i not in keys]
-        freed = self._references.remove(self.owner, without) if without else []
-        freed += self._references.add(self.owner, {i: key.id for i, key in keys.items()})
+        keys = self._keys(records)
+        freed = self._refer(keys, [i for i, _ in records])
         missing = list({key.id: key for key in keys.values() if key not in self._store}.values())
         rows = self._encoder.encode([key.tokens for key in missing]) if missing else []
         for key, kv in zip(missing, rows, strict=True):
             self._store.put(key, kv)
         return freed
+
+    def _keys(self, records: Iterable[Record]) -> dict[str, EntryKey]:
+        return {i: key for i, text in records if (key := self.key_of(text)) is not None}
+
+    def _refer(self, keys: Mapping[str, EntryKey], ids: Iterable[str]) -> list[str]:
+        without = [i for i in ids if i not in keys]
+        freed = self._references.remove(self.owner, without) if without else []
+        return freed + self._references.add(self.owner, {i: key.id for i, key in keys.items()})
 
     def _trying(self, work: Callable[[], list[str]]) -> list[str] | None:
         """What the store refuses is said, once, and is no reason to refuse the documents."""

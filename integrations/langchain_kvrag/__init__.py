@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from langchain_kvrag._serving import AnswerTimeout, ContextOverflowed
 from langchain_kvrag.chat import ChatKVCache
+from langchain_kvrag.docstore import KVDocStore
 from langchain_kvrag.documents import KVCacheCompressor, KVCacheRetriever, relevance
 from langchain_kvrag.embeddings import LexicalEmbeddings
 from langchain_kvrag.llm import KVCacheLLM
@@ -28,6 +29,7 @@ __all__ = [
     "KVCacheMiddleware",
     "KVCacheRetriever",
     "KVChroma",
+    "KVDocStore",
     "LexicalEmbeddings",
     "attach",
     "relevance",

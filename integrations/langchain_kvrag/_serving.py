@@ -342,3 +342,13 @@ def finished(stream: AnswerStream) -> Answer:
 def package_version() -> str:
     """Of the distribution."""
     return version("kvrag")
+
+
+def document_form(engine: Serving | Engine, prefix: str | None) -> RagPrompt:
+    """Of the prompts that documents are encoded for."""
+    if isinstance(engine, Serving):
+        own = engine.document_form
+    else:
+        text = engine.model.text
+        own = RagPrompt(text.opening, is_rendered=text.has_template)
+    return own if prefix in {None, TEMPLATE} else RagPrompt(prefix or "", is_rendered=own.is_rendered)

@@ -15,10 +15,9 @@ from kvrag import ConfigError, Engine, MissingExtra
 from kvrag.companion import Companion, CompanionReport
 from kvrag.database import FolderDatabase, open_database
 from kvrag.ingested import known_of
-from kvrag.prompt import RagPrompt
 from langchain_kvrag._collection import Access, CachedCollection, ClientAccess, FolderAccess
 from langchain_kvrag._hints import prefetch_of, serve
-from langchain_kvrag._serving import TEMPLATE, Serving
+from langchain_kvrag._serving import Serving, document_form
 
 try:
     from langchain_chroma import Chroma
@@ -63,7 +62,7 @@ class KVChroma(Chroma):
             )
         self._holder = engine
         self._engine = engine.running if isinstance(engine, Serving) else engine
-        self._form = _form(engine, prefix)
+        self._form = document_form(engine, prefix)
         self._companions: dict[str, Companion] = {}
         self._no_caches = threading.local()
         self._changing = threading.RLock()
@@ -247,16 +246,6 @@ def attach(
     )
     made.reconcile(progress=progress)
     return made
-
-
-def _form(engine: Serving | Engine, prefix: str | None) -> RagPrompt:
-    """Of the prompts that documents are encoded for."""
-    if isinstance(engine, Serving):
-        own = engine.document_form
-    else:
-        text = engine.model.text
-        own = RagPrompt(text.opening, is_rendered=text.has_template)
-    return own if prefix in {None, TEMPLATE} else RagPrompt(prefix or "", is_rendered=own.is_rendered)
 
 
 _POSITIONS = ("collection_name", "embedding_function", "persist_directory")

@@ -19,6 +19,7 @@ def test_the_public_names() -> None:
         "KVCacheMiddleware",
         "KVCacheRetriever",
         "KVChroma",
+        "KVDocStore",
         "LexicalEmbeddings",
         "attach",
         "relevance",
@@ -33,7 +34,7 @@ def test_core_is_enough_for_the_models() -> None:
 import json, sys
 for name in ("langchain", "langchain_chroma", "langchain_classic", "langgraph"):
     sys.modules[name] = None
-from langchain_kvrag import ChatKVCache, KVCacheCompressor, KVCacheLLM, KVCacheRetriever
+from langchain_kvrag import ChatKVCache, KVCacheCompressor, KVCacheLLM, KVCacheRetriever, KVDocStore
 failures = []
 for name in ("KVChroma", "attach", "KVCacheMiddleware"):
     try:
