@@ -59,8 +59,9 @@ class KnownTexts:
 
     >>> known = KnownTexts()
     >>> known.add("a", "The cat sat on the mat.")
-    >>> [(found.key, found.start, found.end) for found in known.find("So: The cat sat on the mat. Why?")]
-    [('a', 4, 27)]
+    >>> (found,) = known.find("So: The cat sat on the mat. Why?")
+    >>> found.key, found.start, found.end
+    ('a', 4, 27)
     """
 
     def __init__(
