@@ -45,6 +45,7 @@ class Want(Ask):
 Work: TypeAlias = "Generator[Ask, Read, T]"
 
 
+@torch.inference_mode()
 def alone(model: Model, work: Work[T]) -> T:
     """Do work in one go, every pass on its own.
 
@@ -113,7 +114,6 @@ def encode(
     return [kv for (kv,) in encode_runs(model, runs, prefix, token_budget=token_budget)]
 
 
-@torch.inference_mode()
 def encode_runs(
     model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
 ) -> list[list[KV]]:

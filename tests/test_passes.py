@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrag.attention import Looking
+from kvrag.caches import Caches
 from kvrag.errors import CacheMiss
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
@@ -216,3 +217,17 @@ def test_somebody_always_has_a_turn_and_the_limit_holds(sizes: list[int], limit:
     assert found == sorted(set(found))
     assert bool(longer) == any(n > 1 for n in sizes)
     assert sum(longer) <= limit or len(longer) == 1
+
+
+def test_rows_read_without_an_engine_carry_no_gradients() -> None:
+    network = model().network
+    before = [p.requires_grad for p in network.parameters()]
+    network.requires_grad_(True)
+    try:
+        (found,) = Caches(model(), None).documents((5, 6), [(7, 8, 9)])
+        (kv,) = encode(model(), [(7, 8, 9)])
+    finally:
+        for parameter, was in zip(network.parameters(), before, strict=True):
+            parameter.requires_grad_(was)
+    for rows in (found.kv, kv):
+        assert not any(x.keys.requires_grad or x.values.requires_grad for x in rows.layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from kvrag.embedding import HashedEmbedding
 from kvrag.focus.policy import Policy
 from kvrag.looking import Look, look
 from kvrag.model import Model
-from kvrag.prefill import read
+from kvrag.prefill import Want, read
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.store.memory import MemoryStore
@@ -265,8 +265,7 @@ class Opened:
             policy,
             sources={str(i): source for i, source in enumerate(self.sources)},
         )
-        *_, given = answer(self.caches, request)
-        assert isinstance(given, Answer)
+        given = _finished(self.bench.model, answer(self.caches, request))
         tokens = given.tokens
         return Result(tokens == tuple(right), tokens == greedy, given.timing.prefill)
 
@@ -275,6 +274,15 @@ class Opened:
         return [
             [int(best in asked.gold) for best in scores.argmax(-1).tolist()] for scores in unit_scores(looked)
         ]
+
+
+@torch.inference_mode()
+def _finished(model: Model, work: Generator[Any, Any, Any]) -> Answer:
+    """What an answer's work comes to, every pass on its own."""
+    event = next(work)
+    while not isinstance(event, Answer):
+        event = work.send(event.read(model) if isinstance(event, Want) else None)
+    return event
 
 
 def unit_scores(looked: Look) -> torch.Tensor:
