@@ -69,8 +69,9 @@ def store(data: dict[str, Any]) -> list[str]:
         "## The store on disk",
         "",
         "Made by `python benchmarks/store.py --json docs/data/store.json`. Sides take turns in one run; the",
-        "disk is virtual, and others used the machine all the time, with less priority but not none:",
-        "medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how far runs differ.",
+        "disk is virtual. Reading and writing: on a quiet machine; the rest while others used it, with less",
+        "priority but not none. Medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how",
+        "far runs differ: cold reads by a factor of two.",
         "",
         *store_page.lines(data),
     ]
