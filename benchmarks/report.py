@@ -70,8 +70,8 @@ def store(data: dict[str, Any]) -> list[str]:
         "",
         "Made by `python benchmarks/store.py --json docs/data/store.json`. Sides take turns in one run; the",
         "disk is virtual. Reading and writing: on a quiet machine; the rest while others used it, with less",
-        "priority but not none. Medians, and beside them the run disturbed least. `benchmarks/LOG.md` says how",
-        "far runs differ: cold reads by a factor of two.",
+        "priority but not none. Medians, and beside them the run disturbed least. `benchmarks/LOG.md` says",
+        "how far runs differ: cold reads by a factor of two.",
         "",
         *store_page.lines(data),
     ]
