@@ -4,7 +4,7 @@ Budgets are shares of the working set: the bytes of all documents that are asked
 are its tokens; reading one anew costs what a model of 0.5B parameters computes for it, plus a fixed part.
 
     python benchmarks/eviction.py                       # prints the table, writes docs/data/eviction.json
-    python benchmarks/eviction.py --record ../shared/data   # records the trace anew, then the same
+    python benchmarks/eviction.py --record FOLDER           # records the trace anew, then the same
     python benchmarks/eviction.py --smoke               # seconds; writes nothing
 """
 
