@@ -1,1 +1,1 @@
-"""What a long chat keeps: policies that choose, by scores or by pattern, which tokens stay in a bounded memory."""
+"""What a long chat keeps: policies that choose which tokens stay in a bounded memory."""

@@ -62,7 +62,7 @@ class Watching:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Attention that a stride of q queries paid: sum over j of (1 - beta) beta^(q-1-j) p_j, reduced over heads.
+    """Attention a stride of q queries paid: (1 - beta) beta^(q-1-j) p_j summed over j, reduced over heads.
 
     Attributes:
         slots: [L, K or 1, capacity], float32: to what was in memory; 0 for empty slots.
