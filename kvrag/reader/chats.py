@@ -150,7 +150,7 @@ def distant(world: World, distance: int, *, kind: str = "told") -> Chat:
     """
     chat = Chat(world)
     for _ in range(world.rng.randint(0, 3)):
-        _small_turn(chat)
+        small_turn(chat)
     while not chat.tell():
         pass
     asked = chat.told[-1][0]
@@ -159,13 +159,13 @@ def distant(world: World, distance: int, *, kind: str = "told") -> Chat:
         chat.hay()
         asked = chat.correct(len(chat.told) - 1)
     for _ in range(distance - 1):
-        _small_turn(chat, spare=asked)
+        small_turn(chat, spare=asked)
     chat.ask(next(i for i, (fact, _) in enumerate(chat.told) if fact is asked))
     return chat
 
 
-def _small_turn(chat: Chat, spare: Fact | None = None) -> None:
-    """A turn between: small talk, hay, another fact, or a question that is not about `spare`."""
+def small_turn(chat: Chat, spare: Fact | None = None) -> None:
+    """Add a turn: small talk, hay, another fact, or a question that is not about `spare`."""
     others = [i for i, (fact, _) in enumerate(chat.told) if fact is not spare]
     choice = chat.rng.random()
     if choice < 0.3:

@@ -1,0 +1,287 @@
+"""Reads streams into memories and asks what is to be asked, with or without an archive of their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from memory_parts.stack import Look, Mending, Rows, Stack
+from memory_parts.streams import Asked, Stream
+
+from kvrag.embedding import HashedEmbedding
+from kvrag.memory.base import MemoryPolicy
+from kvrag.model import Model
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """How much of what was forgotten comes back for a question.
+
+    Attributes:
+        room: most tokens of all messages that are read again by all layers.
+        candidates: messages that the search brings; the question looks at all of them, and those that it
+            looks at most come back.
+        layer: whose attention decides: squared mass of the question's last row, over all heads.
+        gold: the message that is needed comes back alone; a control.
+    """
+
+    room: int
+    candidates: int = 16
+    layer: int = 1
+    gold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A way to remember.
+
+    Attributes:
+        policy: what stays in memory.
+        archives: what else may come back, by name; "" is nothing.
+        mend: see `Stack`.
+    """
+
+    policy: MemoryPolicy
+    archives: dict[str, Archive | None]
+    mend: Mending | None = None
+
+
+def found(stream: Stream, num: int) -> list[list[int]]:
+    """The messages that an embedding of hashed words finds for each question, best first."""
+    if not stream.asked:
+        return []
+    embed = HashedEmbedding()
+    told = np.stack([_vector(embed, message.text) for message in stream.messages])
+    asked = np.stack([_vector(embed, question.text) for question in stream.asked])
+    order = np.argsort(-(asked @ told.T), axis=1, kind="stable")[:, :num]
+    return [[int(i) for i in row] for row in order]
+
+
+@cache
+def _embedded(text: str) -> Any:
+    return HashedEmbedding()([text])[0]
+
+
+def _vector(embed: HashedEmbedding, text: str) -> Any:
+    return _embedded(text)
+
+
+class _Kept:
+    """Rows of the messages that may be wanted, picked up as they are read."""
+
+    def __init__(self, streams: Sequence[Stream], wanted: Sequence[set[int]]) -> None:
+        self.places: list[dict[int, slice]] = []
+        self.streams, tokens = streams, []
+        for b, (stream, numbers) in enumerate(zip(streams, wanted, strict=True)):
+            places: dict[int, slice] = {}
+            for number in sorted(numbers):
+                message = stream.messages[number]
+                first = len(tokens)
+                tokens += [(b, i) for i in range(message.start, message.end)]
+                places[number] = slice(first, len(tokens))
+            self.places.append(places)
+        self.tokens = torch.tensor(tokens, dtype=torch.long).view(-1, 2)
+        self.keys = self.values = torch.empty(0)
+
+    def take(self, first: int, num: int, fresh: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keep what is wanted of a stride that begins with token `first`; rows are [B, K, q, D] by layer."""
+        if not len(self.tokens):
+            return
+        if not len(self.keys):
+            kv_heads, dim = fresh[0][0].shape[1], fresh[0][0].shape[3]
+            shape = (len(self.tokens), len(fresh), kv_heads, dim)
+            self.keys, self.values = torch.empty(shape), torch.empty(shape)
+        here = ((self.tokens[:, 1] >= first) & (self.tokens[:, 1] < first + num)).nonzero()[:, 0]
+        b, t = self.tokens[here, 0], self.tokens[here, 1] - first
+        for layer, (keys, values) in enumerate(fresh):
+            self.keys[here, layer], self.values[here, layer] = keys[b, :, t], values[b, :, t]
+
+    def rows(self, chosen: Sequence[Sequence[int]]) -> Rows:
+        """Rows of some messages of each stream, in the order of the chat."""
+        parts = [
+            torch.cat(
+                [torch.arange(0), *(torch.arange(len(self.tokens))[places[i]] for i in sorted(numbers))]
+            )
+            for places, numbers in zip(self.places, chosen, strict=True)
+        ]
+        counts = torch.tensor([len(part) for part in parts])
+        index = torch.zeros(len(parts), max(1, int(counts.max())), dtype=torch.long)
+        for row, part in zip(index, parts, strict=True):
+            row[: len(part)] = part
+        keys, values = (x[index].permute(0, 2, 3, 1, 4) for x in (self.keys, self.values))
+        return Rows(keys, values, counts)
+
+
+def ask_all(
+    model: Model,
+    setup: Setup,
+    streams: Sequence[Stream],
+    stride: int,
+    *,
+    candidates: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> list[list[Record]]:
+    """Read streams of one length, then ask each its questions.
+
+    Args:
+        model: the reader.
+        setup: what is remembered.
+        streams: of equal lengths.
+        stride: tokens that are read at once.
+        candidates: what `found` gave for each stream; needed with an archive.
+
+    Returns:
+        For each stream, a record for each question: `answers` by archive, with whether it is right to the
+        last token, digits that are right and digits there are; `kept`: share of the telling message's
+        entries that were still in memory.
+    """
+    stack = Stack(model, setup.policy, len(streams), mend=setup.mend)
+    wanted = [{asked.gold for asked in stream.asked} for stream in streams]
+    for numbers, lists in zip(wanted, candidates or [[]] * len(streams), strict=True):
+        numbers.update(i for row in lists for i in row)
+    has_archive = any(setup.archives.values())
+    kept = _Kept(streams, wanted if has_archive else [set() for _ in streams])
+    ids = torch.tensor([stream.ids for stream in streams])
+    for first in range(0, ids.shape[1], stride):
+        part = ids[:, first : first + stride]
+        _, run = stack.read(part)
+        kept.take(first, part.shape[1], run.fresh)
+    records: list[list[Record]] = [[] for _ in streams]
+    here = _Present(stack, streams)
+    for rounds in range(max(len(stream.asked) for stream in streams)):
+        _round(model, setup, stack, streams, kept, here, candidates, rounds, records)
+    return records
+
+
+class _Present:
+    """Which messages are in memory, and how much of them."""
+
+    def __init__(self, stack: Stack, streams: Sequence[Stream]) -> None:
+        self.counts, kv_heads = [], stack.kv_heads
+        ids = stack.state.ids.expand(-1, stack.num_streams * kv_heads, -1)
+        for b, stream in enumerate(streams):
+            own = ids[:, b * kv_heads : (b + 1) * kv_heads]
+            count = torch.zeros(len(stream.ids))
+            own = own[own >= 0]
+            count.index_add_(0, own, torch.ones(len(own)))
+            self.counts.append(count / (stack.layers * kv_heads))
+
+    def share(self, b: int, stream: Stream, number: int) -> float:
+        """Share of a message's entries, over layers and heads, that are there."""
+        message = stream.messages[number]
+        return float(self.counts[b][message.start : message.end].mean())
+
+
+def _round(
+    model: Model,
+    setup: Setup,
+    stack: Stack,
+    streams: Sequence[Stream],
+    kept: _Kept,
+    here: _Present,
+    candidates: Sequence[Sequence[Sequence[int]]] | None,
+    number: int,
+    records: list[list[Record]],
+) -> None:
+    """One question of each stream."""
+    asked = [stream.asked[number] if number < len(stream.asked) else None for stream in streams]
+    some = next(question for question in asked if question)
+    filled = [question or some for question in asked]
+    shares = [here.share(b, s, q.gold) if q else 0.0 for b, (s, q) in enumerate(zip(streams, asked))]
+    answers: list[dict[str, Any]] = [{} for _ in streams]
+    for name, archive in setup.archives.items():
+        rows = None
+        if archive is not None:
+            assert candidates is not None
+            lists: list[list[int]] = [[] for _ in streams]
+            for b, (stream, question) in enumerate(zip(streams, asked, strict=True)):
+                if question:
+                    lost = [question.gold] if archive.gold else candidates[b][number]
+                    lists[b] = [i for i in lost if here.share(b, stream, i) < 1]
+            rows = recalled(stack, archive, streams, filled, kept, lists)
+        for answer, judged in zip(answers, _judged(model, stack, filled, rows, streams[0].pinned)):
+            answer[name] = judged
+    for b, question in enumerate(asked):
+        if question:
+            records[b].append(
+                {
+                    "kind": question.kind,
+                    "cell": question.cell,
+                    "distance": question.distance,
+                    "kept": round(shares[b], 4),
+                    "answers": answers[b],
+                }
+            )
+
+
+def recalled(
+    stack: Stack,
+    archive: Archive,
+    streams: Sequence[Stream],
+    asked: Sequence[Asked],
+    kept: _Kept,
+    lists: Sequence[Sequence[int]],
+) -> Rows | None:
+    """Rows of the messages that come back: of the candidates, those that the question looks at most."""
+    if not any(lists):
+        return None
+    chosen = [list(numbers[: archive.candidates]) for numbers in lists]
+    if not archive.gold:
+        rows = kept.rows(chosen)
+        ids = _padded([q.prompt for q in asked])
+        last = torch.tensor([len(q.prompt) - 1 for q in asked])
+        look = Look(archive.layer, last)
+        stack.ask(ids, rows, num_front=streams[0].pinned, look=look)
+        assert look.found is not None
+        masses = look.found.clone()
+        chosen = [_best(mass, s, numbers, archive.room) for mass, s, numbers in zip(masses, streams, chosen)]
+    return kept.rows(chosen) if any(chosen) else None
+
+
+def _best(mass: torch.Tensor, stream: Stream, numbers: Sequence[int], room: int) -> list[int]:
+    """The messages most looked at, as many as fit; `mass` is [H, n] over their rows in order."""
+    scores, first = {}, 0
+    for number in sorted(numbers):
+        length = stream.messages[number].end - stream.messages[number].start
+        scores[number] = float(mass[:, first : first + length].sum(-1).square().sum())
+        first += length
+    chosen: list[int] = []
+    for number in sorted(scores, key=lambda n: -scores[n]):
+        length = stream.messages[number].end - stream.messages[number].start
+        if length <= room:
+            chosen.append(number)
+            room -= length
+    return chosen
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+
+
+def _judged(
+    model: Model, stack: Stack, asked: Sequence[Asked], rows: Rows | None, num_front: int
+) -> Iterator[list[int]]:
+    """For each question: whether the answer is right to the last token; digits right; digits there are."""
+    ids = _padded([(*q.prompt, *q.answer) for q in asked])
+    predicted = stack.ask(ids, rows, num_front=num_front).argmax(-1)
+    for row, question in zip(predicted, asked, strict=True):
+        first = len(question.prompt) - 1
+        said = row[first : first + len(question.answer)].tolist()
+        right = int(said == list(question.answer))
+        digits = [_digits(model, said[i], question.answer[i]) for i in question.values]
+        yield [right, sum(d[0] for d in digits), sum(d[1] for d in digits)]
+
+
+def _digits(model: Model, said: int, answer: int) -> tuple[int, int]:
+    """How many digits of a token are right, and how many it has."""
+    wanted = model.text.tokenizer.decode([answer]).strip()
+    if not wanted.isdigit():
+        return 0, 0
+    got = model.text.tokenizer.decode([said]).strip()
+    return sum(a == b for a, b in zip(wanted, got)), len(wanted)
