@@ -147,14 +147,19 @@ def ask_all(
     has_archive = any(setup.archives.values())
     kept = _Kept(streams, wanted if has_archive else [set() for _ in streams])
     ids = torch.tensor([stream.ids for stream in streams])
-    for first in range(0, ids.shape[1], stride):
-        part = ids[:, first : first + stride]
-        _, run = stack.read(part)
-        kept.take(first, part.shape[1], run.fresh)
     records: list[list[Record]] = [[] for _ in streams]
-    here = _Present(stack, streams)
-    for rounds in range(max(len(stream.asked) for stream in streams)):
-        _round(model, setup, stack, streams, kept, here, candidates, rounds, records)
+    first = 0
+    for at in sorted({asked.at for stream in streams for asked in stream.asked}):
+        while first < at:
+            part = ids[:, first : min(at, first + stride)]
+            _, run = stack.read(part)
+            kept.take(first, part.shape[1], run.fresh)
+            first += part.shape[1]
+        here = _Present(stack, streams)
+        numbers = [[i for i, asked in enumerate(stream.asked) if asked.at == at] for stream in streams]
+        for place in range(max(map(len, numbers))):
+            chosen = [row[place] if place < len(row) else None for row in numbers]
+            _round(model, setup, stack, streams, kept, here, candidates, chosen, records)
     return records
 
 
@@ -185,11 +190,11 @@ def _round(
     kept: _Kept,
     here: _Present,
     candidates: Sequence[Sequence[Sequence[int]]] | None,
-    number: int,
+    chosen: Sequence[int | None],
     records: list[list[Record]],
 ) -> None:
-    """One question of each stream."""
-    asked = [stream.asked[number] if number < len(stream.asked) else None for stream in streams]
+    """One question of each stream that has one left."""
+    asked = [None if i is None else s.asked[i] for s, i in zip(streams, chosen, strict=True)]
     some = next(question for question in asked if question)
     filled = [question or some for question in asked]
     shares = [here.share(b, s, q.gold) if q else 0.0 for b, (s, q) in enumerate(zip(streams, asked))]
@@ -199,9 +204,9 @@ def _round(
         if archive is not None:
             assert candidates is not None
             lists: list[list[int]] = [[] for _ in streams]
-            for b, (stream, question) in enumerate(zip(streams, asked, strict=True)):
-                if question:
-                    lost = [question.gold] if archive.gold else candidates[b][number]
+            for b, (stream, question, i) in enumerate(zip(streams, asked, chosen, strict=True)):
+                if question is not None and i is not None:
+                    lost = [question.gold] if archive.gold else candidates[b][i]
                     lists[b] = [i for i in lost if here.share(b, stream, i) < 1]
             rows = recalled(stack, archive, streams, filled, kept, lists)
         for answer, judged in zip(answers, _judged(model, stack, filled, rows, streams[0].pinned)):

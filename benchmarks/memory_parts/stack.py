@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from kvrag.backbone import AttentionCall
 from kvrag.memory.base import MemoryPolicy, MemoryState, Moves, Seen, Watching
+from kvrag.memory.salient import surprise
 from kvrag.model import Model
 
-# What is made of the scores before the policy gets them; for experiments.
-Mending = Callable[[Seen, torch.Tensor, torch.Tensor], Seen]
+# What is made of the scores before the policy gets them: for controls.
+Mending = Callable[[Seen], Seen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,7 @@ class Stack:
         self.turning = Turning(model, positions, model.device)
         shape = (self.layers, num_streams, self.kv_heads, 0, self.dim)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
+        self._last: torch.Tensor | None = None
         self._order, self._at = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,24 +183,49 @@ class Stack:
         return len(self._order)
 
     @torch.inference_mode()
-    def read(self, ids: torch.Tensor, *, want_loss: bool = False) -> tuple[torch.Tensor | None, _Pass]:
+    def read(self, ids: torch.Tensor, *, want_losses: bool = False) -> tuple[torch.Tensor | None, _Pass]:
         """Read a stride of every stream, [B, q], and insert it.
 
         Returns:
-            Negative log-likelihood of each token but the first given those before, [B, q - 1], if wanted,
-            and with it the last logits; the pass, with its fresh rows.
+            Negative log-likelihood of each token given those before, [B, q], if wanted (0 for the very first);
+            the pass, with its fresh rows.
         """
-        watching = self.state.watching
-        weights = _weights(watching, ids.shape[1]) if watching else None
+        watching, losses = self.state.watching, None
+        by_surprise = watching is not None and watching.surprise
+        weights = watching.weights(ids.shape[1]) if watching and not by_surprise else None
         run = self._pass(ids.shape[1], weights)
-        want_all = want_loss or self.mend is not None
-        logits = self.model.run(ids, run, logits_to_keep=0 if want_all else 1)
-        seen = self._seen(run, watching) if watching else None
+        logits = self.model.run(ids, run, logits_to_keep=0 if want_losses or by_surprise else 1)
+        if want_losses or by_surprise:
+            losses = self._losses(logits, ids)
+        seen = None
+        if by_surprise:
+            assert losses is not None
+            seen = self._surprising(losses, ids)
+        elif watching is not None:
+            seen = self._seen(run, watching)
         if seen is not None and self.mend is not None:
-            seen = self.mend(seen, ids, logits)
+            seen = self.mend(seen)
         self._apply(self.state.take(ids.shape[1], seen), run.fresh)
         self.num_read += ids.shape[1]
-        return (logits if want_loss else None), run
+        return losses, run
+
+    def _losses(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        batch, num, size = logits.shape
+        before = logits[:, :1] if self._last is None else self._last
+        shifted = torch.cat((before, logits[:, :-1]), 1)
+        losses = F.cross_entropy(shifted.reshape(-1, size), ids.reshape(-1), reduction="none")
+        losses = losses.view(batch, num)
+        if self._last is None:
+            losses[:, 0] = 0
+        self._last = logits[:, -1:].clone()
+        return losses
+
+    def _surprising(self, losses: torch.Tensor, ids: torch.Tensor) -> Seen:
+        """The same for all layers and heads of a stream."""
+        worth = surprise(losses, ids == self.model.text.tokenizer.eos_token_id)
+        shape = (self.layers, self.num_streams, self.kv_heads, ids.shape[1])
+        fresh = worth[None, :, None].expand(shape).reshape(self.layers, -1, ids.shape[1])
+        return Seen(fresh.new_zeros((*fresh.shape[:2], self.state.capacity)), fresh)
 
     @torch.inference_mode()
     def ask(
@@ -237,11 +264,8 @@ class Stack:
         """Scores as the policy wants them."""
         columns = torch.stack(run.columns)  # [L, B, H, N]
         layers, batch, heads, total = columns.shape
-        if watching.homogeneous:
-            reduced = _reduced(columns, watching.reduction)[:, :, None].expand(-1, -1, self.kv_heads, -1)
-        else:
-            grouped = columns.view(layers, batch, self.kv_heads, heads // self.kv_heads, total)
-            reduced = _reduced(grouped, watching.reduction)
+        grouped = columns.view(layers, batch, self.kv_heads, heads // self.kv_heads, total)
+        reduced = _reduced(grouped, watching.reduction)
         flat = reduced.reshape(layers, batch * self.kv_heads, total)
         slots = flat.new_zeros((*flat.shape[:2], self.state.capacity))
         before = self.num_kept
@@ -281,12 +305,6 @@ def _scattered(slots: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(ranks)
     out[slots] = ranks
     return out
-
-
-def _weights(watching: Watching, num: int) -> torch.Tensor:
-    """(1 - beta) beta^(q-1-j) for query j."""
-    beta = torch.tensor(watching.beta, dtype=torch.float64)
-    return ((1 - beta) * beta ** torch.arange(num - 1, -1, -1)).float()
 
 
 def _reduced(columns: torch.Tensor, reduction: str) -> torch.Tensor:

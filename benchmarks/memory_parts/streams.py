@@ -18,10 +18,13 @@ from kvrag.reader.rows import Row
 from kvrag.reader.tokenizer import SYSTEM_CHAT, Encoder
 from kvrag.reader.world import World
 
+LEAST_FILL = 40
 # A last turn of any such length can be made of sentences of hay.
-_LEAST_FILL, _ROOM = 40, 90
+_LEAST_FILL, _ROOM = LEAST_FILL, 90
 # From here on no turn is begun that may be longer than what is left.
 _ENDING = 420
+# A turn that tells a passkey takes at most so many tokens.
+_TELLING = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,9 @@ class Asked:
         answer: the answer's tokens, with the end.
         values: which tokens of the answer had to be found.
         gold: number of the message that tells it.
+        at: tokens that stand before it.
         distance: tokens from that message's end to the question.
-        cell: where it counts: turns, budgets, whatever the task varies.
+        cell: where it counts: distances, or lengths in budgets.
     """
 
     kind: str
@@ -54,6 +58,7 @@ class Asked:
     answer: tuple[int, ...]
     values: tuple[int, ...]
     gold: int
+    at: int
     distance: int
     cell: float
 
@@ -130,6 +135,7 @@ class Writer:
             tuple(row.ids[first:]),
             values,
             gold,
+            length,
             length - self.messages[gold].end,
             cell,
         )
@@ -196,22 +202,31 @@ def _turn(chat: Chat, *, is_ending: bool) -> None:
             chat.tell()
 
 
-def passkey_stream(seed: str, encoder: Encoder, length: int, cell: float) -> Stream:
-    """Hay with one passkey at a uniformly drawn place."""
+def passkey_stream(
+    seed: str, encoder: Encoder, before: int, distances: Sequence[int], cells: Sequence[float]
+) -> Stream:
+    """Hay with one passkey, asked for again and again.
+
+    Args:
+        seed: the same gives the same.
+        encoder: turns text into ids.
+        before: tokens that stand before the turn that tells it; 0: it comes first.
+        distances: tokens from the end of that turn to each question, as far apart as a turn is long.
+        cells: of the questions.
+    """
     rng = random.Random(seed)
     writer = Writer(encoder)
     key, telling = prose.passkey(rng)
-    reply = rng.choice(prose.ACKNOWLEDGEMENTS)
-    turn = Turn(f"{prose.hay(rng, 2)} {telling} {prose.hay(rng, 2)}", reply)
-    room = length - writer.pinned - writer.size(turn)
-    before = rng.randint(0, max(0, room))
-    if before < _LEAST_FILL or room - before < _LEAST_FILL:
-        before = 0 if before < room / 2 else room  # too little for a turn on one side
-    _hay(writer, rng, before)
-    gold = writer.add(turn)
-    _hay(writer, rng, room - before)
-    question = chats.passkey_question(key)
-    return writer.stream([writer.asked(question, "passkey", gold, cell, length)])
+    if before:
+        _hay(writer, rng, before - len(writer))
+    # The turn that tells takes up as much in every stream.
+    writer.add(Turn(f"{prose.hay(rng, 2)} {telling}", rng.choice(prose.ACKNOWLEDGEMENTS)))
+    gold, begun = len(writer.messages) - 2, before + _TELLING
+    question, asked = chats.passkey_question(key), []
+    for distance, cell in sorted(zip(distances, cells, strict=True)):
+        _hay(writer, rng, begun + distance - len(writer))
+        asked.append(writer.asked(question, "passkey", gold, cell, len(writer)))
+    return writer.stream(asked)
 
 
 def _hay(writer: Writer, rng: random.Random, length: int) -> None:

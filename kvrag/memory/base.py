@@ -47,17 +47,21 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class Watching:
-    """How attention becomes scores.
+    """How attention becomes scores, or what else does.
 
     Attributes:
         beta: decay of a score per token (exponential moving average); 1: no decay, attention is summed up.
         reduction: over the query heads that share a key head.
         homogeneous: over all query heads of a layer instead; all its key heads then keep the same tokens.
+        surprise: not attention but how little the model expected a token: `Seen.fresh` is what each of the
+            stride's tokens is worth, `Seen.slots` is not looked at, and the other attributes but
+            `homogeneous` mean nothing.
     """
 
     beta: float
     reduction: Reduction = "max"
     homogeneous: bool = False
+    surprise: bool = False
 
     def weights(self, num_queries: int) -> torch.Tensor:
         """[q], float32: what each query of a stride counts, (1 - beta) beta^(q-1-j); 1 if nothing decays."""

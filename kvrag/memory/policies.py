@@ -13,6 +13,7 @@ from kvrag.memory.cascade import Cascade
 from kvrag.memory.combined import LadderCascade
 from kvrag.memory.full import Full
 from kvrag.memory.ladder import Ladder
+from kvrag.memory.salient import Salient
 from kvrag.memory.window import Window
 
 POLICIES: dict[str, Callable[..., MemoryPolicy]] = {
@@ -21,6 +22,7 @@ POLICIES: dict[str, Callable[..., MemoryPolicy]] = {
     "cascade": Cascade,
     "ladder": Ladder,
     "combined": LadderCascade,
+    "salient": Salient,
 }
 """What makes each policy."""
 

@@ -7,6 +7,7 @@ from kvrag.memory.cascade import Cascade
 from kvrag.memory.combined import LadderCascade
 from kvrag.memory.full import Full
 from kvrag.memory.ladder import Ladder
+from kvrag.memory.salient import Salient
 from kvrag.memory.window import Window
 from kvrag.testing.memories import MemoryPolicyContract
 
@@ -68,3 +69,18 @@ class TestLadderConsecutive(MemoryPolicyContract):
 class TestCombined(MemoryPolicyContract):
     def make_policy(self) -> MemoryPolicy:
         return LadderCascade(44, sub_caches=4, bonus=3.0)
+
+
+class TestSalient(MemoryPolicyContract):
+    def make_policy(self) -> MemoryPolicy:
+        return Salient(53, sinks=3, half_life=0.7)
+
+
+class TestSalientByHead(MemoryPolicyContract):
+    def make_policy(self) -> MemoryPolicy:
+        return Salient(41, recent=0.5, homogeneous=False)
+
+
+class TestSalientWindowOnly(MemoryPolicyContract):
+    def make_policy(self) -> MemoryPolicy:
+        return Salient(20, recent=1.0, sinks=0)
