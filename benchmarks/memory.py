@@ -129,12 +129,14 @@ def _run(args: argparse.Namespace) -> None:
 def _work(args: argparse.Namespace, model: Model, folder: Folder) -> None:
     done = {key_of(record) for record in folder.records()}
     first, step = map(int, args.part.split("/"))
-    left = [unit for unit in units(args.tasks, args.budget, args.batches) if unit.key not in done]
+    # Every process counts the same units, whatever is done when it begins.
+    mine = list(units(args.tasks, args.budget, args.batches))[first - 1 :: step]
+    left = [unit for unit in mine if unit.key not in done]
     if args.policies:
         left = [unit for unit in left if unit.policy in args.policies]
     worker = Worker(model, batch=2, scale=8) if args.smoke else Worker(model)
     began = time.monotonic()
-    for unit in tqdm(left[first - 1 :: step], disable=args.smoke):
+    for unit in tqdm(left, disable=args.smoke):
         if args.minutes and time.monotonic() - began > 60 * args.minutes:
             return
         folder.add(first, worker.do(unit))

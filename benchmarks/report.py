@@ -1,4 +1,4 @@
-"""Writes docs/measured.md and docs/quality.md from docs/data; --smoke only says whether they are up to date.
+"""Writes the pages of measurements from docs/data; --smoke only says whether they are up to date.
 
 python benchmarks/report.py
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memory_parts import page as memory_page
 from quality_parts import page as quality_page
 from store_parts import page as store_page
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
 STORE = DATA / "store.json"
 QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
+MEMORY, MEMORY_TIME, SOAK = DATA / "memory.json", DATA / "memory-time.json", DATA / "soak.json"
 
 _TTFT_ROWS = (
     ("full prefill, transformers' `generate`", "full_prefill", None),
@@ -122,9 +124,16 @@ def pages() -> dict[Path, str]:
     docs = ROOT / "docs"
     made = {docs / "measured.md": measured()}
     if QUALITY.exists():
-        real = json.loads(REAL_TEXT.read_text()) if REAL_TEXT.exists() else None
-        made[docs / "quality.md"] = "\n".join(quality_page.lines(json.loads(QUALITY.read_text()), real))
+        made[docs / "quality.md"] = "\n".join(quality_page.lines(*map(read, (QUALITY, REAL_TEXT))))
+    if MEMORY.exists():
+        found = memory_page.lines(*map(read, (MEMORY, MEMORY_TIME, SOAK)))
+        made[docs / "memory-measured.md"] = "\n".join(found)
     return made
+
+
+def read(file: Path) -> Any:
+    """What was measured; None: it was not."""
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def main() -> None:

@@ -116,11 +116,12 @@ class Passes:
     def _together(self, parts: Sequence[_Part]) -> list[Outcome]:
         device = self._model.device
         ids = torch.tensor([[t for part in parts for t in part.want.tokens]], device=device)
-        last = torch.tensor([part.rows.stop - 1 for part in parts], device=device)
-        logits = self._model.run(ids, SharedReading(parts), rows=last)
+        counts = [min(part.want.num_logits, len(part.want.tokens)) for part in parts]
+        kept = [torch.arange(part.rows.stop - n, part.rows.stop) for part, n in zip(parts, counts, strict=True)]
+        logits = self._model.run(ids, SharedReading(parts), rows=torch.cat(kept).to(device))
         return [
-            part.error or found_by(part.reading, logits[0, i : i + 1], part.want.positions)
-            for i, part in enumerate(parts)
+            part.error or found_by(part.reading, own, part.want.positions)
+            for part, own in zip(parts, logits[0].split(counts), strict=True)
         ]
 
     def _again(self, part: _Part, error: Exception) -> Outcome:

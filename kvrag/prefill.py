@@ -28,7 +28,10 @@ T = TypeVar("T")
 class Want(Ask):
     """Tokens that a request wants read over its own rows; see `read` for the attributes.
 
-    The last token's logits are what comes back, with masses of all rows.
+    The last tokens' logits are what comes back, with masses of all rows.
+
+    Attributes:
+        num_logits: of how many last tokens.
     """
 
     table: SegmentTable | Tables
@@ -36,10 +39,19 @@ class Want(Ask):
     positions: Sequence[int]
     fresh: FreshRows
     looking: Looking | None = None
+    num_logits: int = 1
 
     def read(self, model: Model) -> Read:
         """Read them in a pass of their own."""
-        return read(model, self.table, self.tokens, self.positions, self.fresh, looking=self.looking)
+        return read(
+            model,
+            self.table,
+            self.tokens,
+            self.positions,
+            self.fresh,
+            looking=self.looking,
+            logits_to_keep=self.num_logits,
+        )
 
 
 Work: TypeAlias = "Generator[Ask, Read, T]"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kvrag.backbone import AttentionCall
 from kvrag.memory.base import MemoryPolicy, MemoryState, Moves, Seen, Watching
-from kvrag.memory.salient import surprise
+from kvrag.memory.surprise import surprise
 from kvrag.model import Model
 
 # What is made of the scores before the policy gets them: for controls.

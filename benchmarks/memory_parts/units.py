@@ -40,8 +40,10 @@ DEPTHS = 13
 BINS = (0, 256, 512, 1024, 2048)
 CANDIDATES = 16
 
-_SOME = (FULL, WINDOW, "cascade 2", "cascade 4", "cascade 8", "ladder 1/2", "combined 4, bonus 1", SALIENT, SLOW)
-_FAR = (WINDOW, "cascade 4", "ladder 1/2", SALIENT)
+# What the claims are about; what else is shown; what is asked for the oldest facts.
+_CORE = (WINDOW, "cascade 2", "cascade 4", "cascade 8", "ladder 1/2", SALIENT, SLOW)
+_SOME = (*_CORE, "combined 4, bonus 1")
+_FAR = (WINDOW, SALIENT, "cascade 4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +80,34 @@ def units(tasks: Sequence[str], budget: int, batches: int) -> Iterator[Unit]:
     """
     room = budget // 4
     every = [entry.name for entry in ENTRIES]
-    for batch in range(batches):
-        plans = (
-            (NEAR, every, budget, 0, 7),
-            (PASSKEY, _SOME, budget, 0, DEPTHS),
-            (NEAR, ARCHIVED, budget, room, 7),
-            (FAR, _FAR, budget, room, 1),
-            (CHAT, _SOME, 4 * budget, 0, 2),
-            (DOCUMENTS, _SOME, 4 * budget, 0, 2),
-            (CHAT, _SOME, budget, 0, 2),
-            (DOCUMENTS, _SOME, budget, 0, 2),
-            (NEAR, _SOME[1:], 2 * budget, 0, 7),
-            (PASSKEY, (WINDOW, SALIENT), budget, room, DEPTHS),
-        )
-        for task, names, tokens, back, most in plans:
-            if task in tasks and batch < most:
-                yield from (Unit(task, name, tokens, back, batch) for name in names)
+    first = (
+        (NEAR, _CORE, budget, 0, 7),
+        (PASSKEY, _CORE, budget, 0, DEPTHS),
+        (FAR, _FAR, budget, room, 1),
+        (CHAT, (FULL, *_CORE), 4 * budget, 0, 1),
+        (DOCUMENTS, (FULL, *_CORE), 4 * budget, 0, 1),
+        (NEAR, (WINDOW, "cascade 4", SALIENT), budget, room, 5),
+    )
+    rest = (
+        (NEAR, every, budget, 0, 7),
+        (NEAR, ARCHIVED, budget, room, 7),
+        (PASSKEY, (FULL, *_SOME), budget, 0, DEPTHS),
+        (FAR, ARCHIVED, budget, room, 1),
+        (CHAT, (FULL, *_SOME), 4 * budget, 0, 2),
+        (DOCUMENTS, (FULL, *_SOME), 4 * budget, 0, 2),
+        (CHAT, (FULL, *_SOME), budget, 0, 2),
+        (DOCUMENTS, (FULL, *_SOME), budget, 0, 2),
+        (NEAR, _SOME, 2 * budget, 0, 7),
+        (PASSKEY, (WINDOW, SALIENT), budget, room, DEPTHS),
+    )
+    given: set[Unit] = set()
+    for plans in (first, rest):
+        for batch in range(batches):
+            for task, names, tokens, back, most in plans:
+                made = [Unit(task, name, tokens, back, batch) for name in names]
+                if task in tasks and batch < most:
+                    yield from (unit for unit in made if unit not in given)
+                    given.update(made)
 
 
 class Worker:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvrag.attention import Looking
 from kvrag.errors import ContextOverflow
 from kvrag.fresh import FreshRows
-from kvrag.memory.base import MemoryState
+from kvrag.memory.base import MemoryState, Seen
 from kvrag.memory.rows import MemoryRows
+from kvrag.memory.surprise import MOST_LOGITS, Surprise
 from kvrag.memory.watch import Watch
 from kvrag.model import Model
 from kvrag.prefill import Read, Want, Work, alone
@@ -78,13 +79,15 @@ class MemoryReader:
         self._pinned, self._extra = pinned or SegmentTable(), extra or SegmentTable()
         self.offset = max(self._pinned.end, self._extra.end)
         self.extra_mass: list[torch.Tensor] = []
+        watching = state.watching
+        self._surprise = Surprise(model) if watching is not None and watching.surprise else None
         self._begin()
 
     def _begin(self) -> None:
         """An empty stride over what is there now."""
         self.fresh = FreshRows(self.model.num_layers, reserve=min(self.stride, 64))
         self._tokens: list[int] = []
-        self._watch = Watch(self.model.specs, self.state.watching)
+        self._watch = Watch(self.model.specs, None if self._surprise else self.state.watching)
         self._runs = tuple(run for run in self.state.runs if run.length)
         memory = self.rows.segments(self._runs, self.offset)
         self._table = SegmentTable((*self._pinned, *self._extra, *memory))
@@ -121,9 +124,13 @@ class MemoryReader:
         while at < len(tokens):
             if self.fresh.num_rows >= self.stride:
                 self.insert()
-            piece = tokens[at : at + self.stride - self.fresh.num_rows]
+            room = self.stride - self.fresh.num_rows
+            piece = tokens[at : at + (min(room, MOST_LOGITS) if self._surprise else room)]
             last = yield self._want(piece)
             self._tokens.extend(piece)
+            if self._surprise:
+                self._surprise.note(piece, last.logits)
+                last = replace(last, logits=last.logits[-1:])
             if len(self._extra):
                 first = len(self._pinned)
                 self.extra_mass.append(last.mass[:, first : first + len(self._extra)])
@@ -141,7 +148,8 @@ class MemoryReader:
                 "give the session a memory with a budget, or begin a new one"
             )
         looking = Looking(watch=self._watch)
-        return Want(self._table, tokens, range(start, end), self.fresh, looking)
+        num_logits = len(tokens) if self._surprise else 1
+        return Want(self._table, tokens, range(start, end), self.fresh, looking, num_logits)
 
     @torch.inference_mode()
     def insert(self) -> None:
@@ -153,7 +161,10 @@ class MemoryReader:
         values = [self.fresh.values(layer) for layer in range(self.model.num_layers)]
         for listener in self._listeners:
             listener(StrideRows(self.state.seen, tuple(self._tokens), keys, values))
-        seen = self._watch.seen(self._table, self._runs, self.state.capacity, self.fresh)
+        if self._surprise:
+            seen: Seen | None = self._surprise.seen(self.state.ids.shape)
+        else:
+            seen = self._watch.seen(self._table, self._runs, self.state.capacity, self.fresh)
         moves = self.state.take(num, seen)
         self.rows.apply(moves, keys, values, capacity=self.state.capacity)
         self._begin()
@@ -166,6 +177,8 @@ class MemoryReader:
         self.fresh.cut(left)
         self._watch.cut(left)
         del self._tokens[left:]
+        if self._surprise:
+            self._surprise.cut(left)
         return True
 
     def read(self, tokens: Sequence[int]) -> Read:

@@ -157,21 +157,3 @@ class SalientState(SlotState):
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return super()._tensors() | {"worth": self._worth}
-
-
-def surprise(losses: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What a stride's tokens are worth: the mean loss of the message that each belongs to, as far as it goes.
-
-    Args:
-        losses: [B, q], negative log-likelihood of each token given all before.
-        ends: [B, q], bool: the last token of a message.
-
-    Returns:
-        [B, q], dtype of `losses`.
-    """
-    message = ends.long().cumsum(-1) - ends.long()
-    count = int(message.max()) + 1 if message.numel() else 0
-    shape = (*losses.shape[:-1], count)
-    total = losses.new_zeros(shape).scatter_add_(-1, message, losses)
-    length = losses.new_zeros(shape).scatter_add_(-1, message, torch.ones_like(losses))
-    return (total / length.clamp_min(1)).gather(-1, message)

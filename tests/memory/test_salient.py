@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvrag.errors import ConfigError
 from kvrag.memory.base import Seen
-from kvrag.memory.salient import Salient, surprise
+from kvrag.memory.salient import Salient
 from kvrag.memory.slots import in_order
+from kvrag.memory.surprise import surprise
 from kvrag.memory.window import Window
 
 
