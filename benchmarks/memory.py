@@ -72,7 +72,9 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=READER)
-    parser.add_argument("--budget", type=int, default=256, help="tokens; some are measured at 2 and 4 times it")
+    parser.add_argument(
+        "--budget", type=int, default=256, help="tokens; some are measured at 2 and 4 times it"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--policies", nargs="+", help="only these")
     parser.add_argument("--batches", type=int, default=13, help="rounds; a task stops when it has enough")
@@ -121,7 +123,9 @@ def _run(args: argparse.Namespace) -> None:
     print(printed(data))
     if args.report or args.smoke:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=None, separators=(",", ":")).replace("],[", "],\n[") + "\n")
+        args.json.write_text(
+            json.dumps(data, indent=None, separators=(",", ":")).replace("],[", "],\n[") + "\n"
+        )
         pack(args.archive, weights, records)
         plot(data, args.plots)
 

@@ -1,7 +1,7 @@
 """A chat of a million tokens through one session: does its memory stay as large, and its time per token?
 
-Messages of a few hundred tokens (facts, small talk, hay) and short answers, turn after turn; resident memory and time
-of every hundredth of the way. Ends after `--minutes` at the latest and says how far it came.
+Messages of a few hundred tokens (facts, small talk, hay) and short answers, turn after turn; resident memory
+and time of every hundredth of the way. Ends after `--minutes` at the latest and says how far it came.
 
     python benchmarks/soak.py --json docs/data/soak.json
     python benchmarks/soak.py --smoke                # seconds, for continuous integration; writes nothing

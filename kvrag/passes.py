@@ -117,7 +117,9 @@ class Passes:
         device = self._model.device
         ids = torch.tensor([[t for part in parts for t in part.want.tokens]], device=device)
         counts = [min(part.want.num_logits, len(part.want.tokens)) for part in parts]
-        kept = [torch.arange(part.rows.stop - n, part.rows.stop) for part, n in zip(parts, counts, strict=True)]
+        kept = [
+            torch.arange(part.rows.stop - n, part.rows.stop) for part, n in zip(parts, counts, strict=True)
+        ]
         logits = self._model.run(ids, SharedReading(parts), rows=torch.cat(kept).to(device))
         return [
             part.error or found_by(part.reading, own, part.want.positions)

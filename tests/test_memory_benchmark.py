@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -109,7 +110,7 @@ def test_streams_have_the_length_that_was_asked_for(bench: dict[str, ModuleType]
 def test_every_depth_has_its_turn(bench: dict[str, ModuleType]) -> None:
     units = bench["units"]
     last = sorted(units.passkey_distances(batch, 256)[-1] for batch in range(units.DEPTHS))
-    steps = [b - a for a, b in zip(last, last[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(last)]
     assert max(steps) - min(steps) < 256 * 16 / units.DEPTHS
     assert last[-1] > 0.9 * 256 * 16
 

@@ -27,13 +27,17 @@ class Archive:
         room: most tokens of all messages that are read again by all layers.
         candidates: messages that the search brings; the question looks at all of them, and those that it
             looks at most come back.
-        layer: whose attention decides: squared mass of the question's last row, over all heads.
+        layers: whose attention decides: of the question's last row, summed over all heads.
+        power: of the mass on a message.
+        below: a message comes back if it gets at least this share of what the best one gets.
         gold: the message that is needed comes back alone; a control.
     """
 
     room: int
     candidates: int = 16
-    layer: int = 1
+    layers: tuple[int, ...] = (1,)
+    power: float = 2.0
+    below: float = 0.0
     gold: bool = False
 
 
@@ -56,9 +60,8 @@ def found(stream: Stream, num: int) -> list[list[int]]:
     """The messages that an embedding of hashed words finds for each question, best first."""
     if not stream.asked:
         return []
-    embed = HashedEmbedding()
-    told = np.stack([_vector(embed, message.text) for message in stream.messages])
-    asked = np.stack([_vector(embed, question.text) for question in stream.asked])
+    told = np.stack([_embedded(message.text) for message in stream.messages])
+    asked = np.stack([_embedded(question.text) for question in stream.asked])
     order = np.argsort(-(asked @ told.T), axis=1, kind="stable")[:, :num]
     return [[int(i) for i in row] for row in order]
 
@@ -66,10 +69,6 @@ def found(stream: Stream, num: int) -> list[list[int]]:
 @cache
 def _embedded(text: str) -> Any:
     return HashedEmbedding()([text])[0]
-
-
-def _vector(embed: HashedEmbedding, text: str) -> Any:
-    return _embedded(text)
 
 
 class _Kept:
@@ -146,6 +145,7 @@ def ask_all(
         numbers.update(i for row in lists for i in row)
     has_archive = any(setup.archives.values())
     kept = _Kept(streams, wanted if has_archive else [set() for _ in streams])
+    asking = _Asking(model, setup, stack, streams, kept, candidates)
     ids = torch.tensor([stream.ids for stream in streams])
     records: list[list[Record]] = [[] for _ in streams]
     first = 0
@@ -155,11 +155,8 @@ def ask_all(
             _, run = stack.read(part)
             kept.take(first, part.shape[1], run.fresh)
             first += part.shape[1]
-        here = _Present(stack, streams)
-        numbers = [[i for i, asked in enumerate(stream.asked) if asked.at == at] for stream in streams]
-        for place in range(max(map(len, numbers))):
-            chosen = [row[place] if place < len(row) else None for row in numbers]
-            _round(model, setup, stack, streams, kept, here, candidates, chosen, records)
+        for b, record in asking.here(at):
+            records[b].append(record)
     return records
 
 
@@ -182,85 +179,87 @@ class _Present:
         return float(self.counts[b][message.start : message.end].mean())
 
 
-def _round(
-    model: Model,
-    setup: Setup,
-    stack: Stack,
-    streams: Sequence[Stream],
-    kept: _Kept,
-    here: _Present,
-    candidates: Sequence[Sequence[Sequence[int]]] | None,
-    chosen: Sequence[int | None],
-    records: list[list[Record]],
-) -> None:
-    """One question of each stream that has one left."""
-    asked = [None if i is None else s.asked[i] for s, i in zip(streams, chosen, strict=True)]
-    some = next(question for question in asked if question)
-    filled = [question or some for question in asked]
-    shares = [here.share(b, s, q.gold) if q else 0.0 for b, (s, q) in enumerate(zip(streams, asked))]
-    answers: list[dict[str, Any]] = [{} for _ in streams]
-    for name, archive in setup.archives.items():
-        rows = None
-        if archive is not None:
-            assert candidates is not None
-            lists: list[list[int]] = [[] for _ in streams]
-            for b, (stream, question, i) in enumerate(zip(streams, asked, chosen, strict=True)):
-                if question is not None and i is not None:
-                    lost = [question.gold] if archive.gold else candidates[b][i]
-                    lists[b] = [i for i in lost if here.share(b, stream, i) < 1]
-            rows = recalled(stack, archive, streams, filled, kept, lists)
-        for answer, judged in zip(answers, _judged(model, stack, filled, rows, streams[0].pinned)):
-            answer[name] = judged
-    for b, question in enumerate(asked):
-        if question:
-            records[b].append(
-                {
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Asks streams that stand side by side."""
+
+    model: Model
+    setup: Setup
+    stack: Stack
+    streams: Sequence[Stream]
+    kept: _Kept
+    candidates: Sequence[Sequence[Sequence[int]]] | None
+
+    def here(self, at: int) -> Iterator[tuple[int, Record]]:
+        """What is asked behind so many tokens: streams and records."""
+        present = _Present(self.stack, self.streams)
+        left = [[i for i, asked in enumerate(stream.asked) if asked.at == at] for stream in self.streams]
+        for place in range(max(map(len, left))):
+            yield from self._round([row[place] if place < len(row) else None for row in left], present)
+
+    def _round(self, chosen: Sequence[int | None], present: _Present) -> Iterator[tuple[int, Record]]:
+        """One question of each stream that has one left; the others are asked another's, in vain."""
+        asked = [None if i is None else s.asked[i] for s, i in zip(self.streams, chosen, strict=True)]
+        some = next(question for question in asked if question)
+        filled = [question or some for question in asked]
+        answers: list[dict[str, Any]] = [{} for _ in self.streams]
+        for name, archive in self.setup.archives.items():
+            rows = None
+            if archive is not None:
+                rows = self._recalled(archive, filled, self._lost(archive, chosen, present))
+            judged = _judged(self.model, self.stack, filled, rows, self.streams[0].pinned)
+            for answer, found_out in zip(answers, judged, strict=True):
+                answer[name] = found_out
+        for b, question in enumerate(asked):
+            if question:
+                record = {
                     "kind": question.kind,
                     "cell": question.cell,
                     "distance": question.distance,
-                    "kept": round(shares[b], 4),
+                    "kept": round(present.share(b, self.streams[b], question.gold), 4),
                     "answers": answers[b],
                 }
-            )
+                yield b, record
+
+    def _lost(self, archive: Archive, chosen: Sequence[int | None], present: _Present) -> list[list[int]]:
+        """For each stream, the messages that may come back: those that are not wholly there."""
+        assert self.candidates is not None
+        lists: list[list[int]] = [[] for _ in self.streams]
+        for b, (stream, i) in enumerate(zip(self.streams, chosen, strict=True)):
+            if i is not None:
+                able = [stream.asked[i].gold] if archive.gold else self.candidates[b][i]
+                lists[b] = [number for number in able if present.share(b, stream, number) < 1]
+        return lists
+
+    def _recalled(
+        self, archive: Archive, asked: Sequence[Asked], lists: Sequence[Sequence[int]]
+    ) -> Rows | None:
+        """Rows of the messages that come back: of the candidates, those that the question looks at most."""
+        if not any(lists):
+            return None
+        chosen = [list(numbers[: archive.candidates]) for numbers in lists]
+        if not archive.gold:
+            look = Look(archive.layers, torch.tensor([len(q.prompt) - 1 for q in asked]))
+            ids = _padded([q.prompt for q in asked])
+            self.stack.ask(ids, self.kept.rows(chosen), num_front=self.streams[0].pinned, look=look)
+            looked = zip(torch.cat(look.found, 1), self.streams, chosen, strict=True)
+            chosen = [_best(mass, stream, numbers, archive) for mass, stream, numbers in looked]
+        return self.kept.rows(chosen) if any(chosen) else None
 
 
-def recalled(
-    stack: Stack,
-    archive: Archive,
-    streams: Sequence[Stream],
-    asked: Sequence[Asked],
-    kept: _Kept,
-    lists: Sequence[Sequence[int]],
-) -> Rows | None:
-    """Rows of the messages that come back: of the candidates, those that the question looks at most."""
-    if not any(lists):
-        return None
-    chosen = [list(numbers[: archive.candidates]) for numbers in lists]
-    if not archive.gold:
-        rows = kept.rows(chosen)
-        ids = _padded([q.prompt for q in asked])
-        last = torch.tensor([len(q.prompt) - 1 for q in asked])
-        look = Look(archive.layer, last)
-        stack.ask(ids, rows, num_front=streams[0].pinned, look=look)
-        assert look.found is not None
-        masses = look.found.clone()
-        chosen = [_best(mass, s, numbers, archive.room) for mass, s, numbers in zip(masses, streams, chosen)]
-    return kept.rows(chosen) if any(chosen) else None
-
-
-def _best(mass: torch.Tensor, stream: Stream, numbers: Sequence[int], room: int) -> list[int]:
+def _best(mass: torch.Tensor, stream: Stream, numbers: Sequence[int], archive: Archive) -> list[int]:
     """The messages most looked at, as many as fit; `mass` is [H, n] over their rows in order."""
-    scores, first = {}, 0
+    scores, lengths, first = {}, {}, 0
     for number in sorted(numbers):
-        length = stream.messages[number].end - stream.messages[number].start
-        scores[number] = float(mass[:, first : first + length].sum(-1).square().sum())
-        first += length
-    chosen: list[int] = []
+        lengths[number] = stream.messages[number].end - stream.messages[number].start
+        own = mass[:, first : first + lengths[number]].sum(-1)
+        scores[number] = float(own.pow(archive.power).sum())
+        first += lengths[number]
+    chosen, room = [], archive.room
     for number in sorted(scores, key=lambda n: -scores[n]):
-        length = stream.messages[number].end - stream.messages[number].start
-        if length <= room:
+        if lengths[number] <= room and scores[number] >= archive.below * max(scores.values()):
             chosen.append(number)
-            room -= length
+            room -= lengths[number]
     return chosen
 
 
@@ -289,4 +288,4 @@ def _digits(model: Model, said: int, answer: int) -> tuple[int, int]:
     if not wanted.isdigit():
         return 0, 0
     got = model.text.tokenizer.decode([said]).strip()
-    return sum(a == b for a, b in zip(wanted, got)), len(wanted)
+    return sum(a == b for a, b in zip(wanted, got, strict=False)), len(wanted)

@@ -26,9 +26,7 @@ class Measured:
         self.families: dict[str, str] = data["families"]
         self.facts = self._cells("facts", "distance")
         self.passkeys = self._cells("passkeys", "times")
-        self.texts = {
-            (t["policy"], t["budget"], t["text"], t["first"]): t for t in rows_of(data["text"])
-        }
+        self.texts = {(t["policy"], t["budget"], t["text"], t["first"]): t for t in rows_of(data["text"])}
         self.gaps = {(g["policy"], g["budget"], g["text"], g["against"]): g for g in rows_of(data["gaps"])}
         self.against = {
             (a["task"], a["budget"], a["cell"], a["policy"], a["other"]): a
@@ -162,9 +160,7 @@ def _archive(m: Measured) -> Iterator[Verdict]:
         (GIVEN, "the same if the right message is always found"),
     ):
         cells = {
-            name: cell
-            for name in m.families
-            if (cell := m.facts.get((name, m.budget, room, back, far)))
+            name: cell for name in m.families if (cell := m.facts.get((name, m.budget, room, back, far)))
         }
         if cells:
             best = max(cells, key=lambda name: share(cells[name]))
@@ -188,5 +184,7 @@ def _time(m: Measured) -> Iterator[Verdict]:
             "reading in strides takes time in proportion to the length",
             "Cascading KV cache",
             HOLDS if worst < 1.1 else FAILS if worst > 1.3 else OPEN,
-            ", ".join(f"{name}: length to the power of {value}" for name, value in exponents.items() if value),
+            ", ".join(
+                f"{name}: length to the power of {value}" for name, value in exponents.items() if value
+            ),
         )

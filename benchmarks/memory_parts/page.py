@@ -11,16 +11,17 @@ from memory_parts.claims import Cell, Measured, share, verdicts
 from memory_parts.entries import FOUND, FULL, GIVEN, NOTHING
 
 _WHY = """
-Attention is a poor judge of what will be asked. A score is earned before the question is there, so it says what the
-chat itself needed so far; a fact that nobody has mentioned again has earned nothing. And matches are fought token
-against token: of each pair of neighbours one stays, so that what is left of a sentence is half of its words, in every
-head another half. This reader, five layers deep, has no use for half a sentence. So a cascade's deeper sub-caches hold
-something of everything and little that can be read; a ladder likewise. Nearly all of what they recall stands in the part
-that is still whole. The reader of the papers' tasks has 32 layers and keeps enough of a needle in some of them.
+Attention is a poor judge of what will be asked. A score is earned before the question is there, so it says
+what the chat itself needed so far; a fact that nobody has mentioned again has earned nothing. And matches
+are fought token against token: of each pair of neighbours one stays, so that what is left of a sentence is
+half of its words, in every head another half. This reader, five layers deep, has no use for half a
+sentence. So a cascade's deeper sub-caches hold something of everything and little that can be read; a
+ladder likewise. Nearly all of what they recall stands in the part that is still whole. The reader of the
+papers' tasks has 32 layers and keeps enough of a needle in some of them.
 
-Keeping whole messages and judging them by surprise does better because both reasons are gone: what cannot be made up again
-is known when it is read, and what stays is whole. How long it stays is a choice: the shorter half-life suits chats in
-which everything told is news, the longer one a needle in hay.
+Keeping whole messages and judging them by surprise does better because both reasons are gone: what cannot
+be made up again is known when it is read, and what stays is whole. How long it stays is a choice: the
+shorter half-life suits chats in which everything told is news, the longer one a needle in hay.
 """
 
 
@@ -56,11 +57,15 @@ def _how(m: Measured) -> list[str]:
     size = m.budget * made["bytes_per_token"] / 1024
     return [
         *_prose(
-            f"`{made['model']}`, {made['parameters'] / 1e6:.1f}M parameters, {made['layers']} layers, trained on",
+            f"`{made['model']}`, {made['parameters'] / 1e6:.1f}M parameters, {made['layers']} layers,",
+            "trained on",
             f"{made['window']:,} positions; names held out of its training. Memories of {m.budget} tokens of",
-            f"{made['bytes_per_token']:,} bytes ({size:,.0f} KiB), the system message among them; read in strides",
-            "of a quarter of the budget, which stand beside it until they are inserted. Positions are ranks in",
-            "the memory, so all of them lie within what the reader was trained on, however long the chat is; full",
+            f"{made['bytes_per_token']:,} bytes ({size:,.0f} KiB), the system message among them;",
+            "read in strides",
+            "of a quarter of the budget, which stand beside it until they are inserted. Positions",
+            "are ranks in",
+            "the memory, so all of them lie within what the reader was trained on, however long the",
+            "chat is; full",
             "attention runs out of them. An answer counts if it is right to the last token. Chats of exact",
             "lengths are read side by side by the package's own policies; intervals are 95 % (Wilson), as if",
             "questions about one chat were independent.",
@@ -68,8 +73,10 @@ def _how(m: Measured) -> list[str]:
         *_prose(
             f"CPU, {made['threads']} thread, {made['dtype']}, torch {made['torch']}, transformers",
             f"{made['transformers']}, Python {made['python']}, {made['date']}; weights {made['weights']};",
-            f"{made['cpu_seconds']:,} processor seconds. Policies: `benchmarks/memory_parts/entries.py`. `ladder`",
-            "A/B keeps A of B entries per sweep and layer; `combined` is a ladder over a cascade; `salient` keeps",
+            f"{made['cpu_seconds']:,} processor seconds. Policies:",
+            "`benchmarks/memory_parts/entries.py`. `ladder`",
+            "A/B keeps A of B entries per sweep and layer; `combined` is a ladder over a cascade;",
+            "`salient` keeps",
             "whole messages by surprise, with half-lives of 3 and (`slow`) 24 budgets.",
         ),
     ]
@@ -101,7 +108,8 @@ def _facts(m: Measured) -> list[str]:
         cells = {k: c for k, c in m.facts.items() if k[1] == budget and not k[2]}
         found += [
             *_prose(
-                f"Budget {budget}: exact match in percent by tokens since the fact was told, other facts, talk",
+                f"Budget {budget}: exact match in percent by tokens since the fact was told, other",
+                "facts, talk",
                 f"and questions in between (a turn takes about 21 tokens). {_widest(cells)} In brackets: the",
                 "share of the telling message's entries, over layers and heads, that is still in memory.",
             ),
@@ -119,10 +127,14 @@ def _archive(m: Measured) -> list[str]:
         "## With an archive",
         "",
         *_prose(
-            f"The same bytes, divided: a memory of {m.budget - room} tokens and room for {room} tokens that come",
-            "back. Every message was archived as it was read. The question's words find 16 messages (an embedding",
-            "of hashed words); the question looks at them, and those that layer 1 of the last row looks at most",
-            "(squared mass) come back, as many as fit, re-positioned behind the system message. For that look the",
+            f"The same bytes, divided: a memory of {m.budget - room} tokens and room for {room}",
+            "tokens that come",
+            "back. Every message was archived as it was read. The question's words find 16 messages",
+            "(an embedding",
+            "of hashed words); the question looks at them, and those that layer 1 of the last row",
+            "looks at most",
+            "(squared mass) come back, as many as fit, re-positioned behind the system message. For",
+            "that look the",
             "16 messages' rows are there beside the memory.",
         ),
     ]
@@ -142,8 +154,10 @@ def _passkeys(m: Measured) -> list[str]:
         "![exact match by length](img/memory-passkeys.svg)",
         "",
         *_prose(
-            "Four to six digits in hay, the length in budgets; 13 depths, evenly spread over the length. What",
-            "stands before the passkey is cut to one budget of hay. Exact match in percent, in brackets the share",
+            "Four to six digits in hay, the length in budgets; 13 depths, evenly spread over the",
+            "length. What",
+            "stands before the passkey is cut to one budget of hay. Exact match in percent, in",
+            "brackets the share",
             "of right digits (given the digits before).",
         ),
     ]
@@ -199,8 +213,10 @@ def _text(m: Measured) -> list[str]:
         "## Streaming perplexity",
         "",
         *_prose(
-            "Generated chats, and generated documents with questions about them: of all tokens, and of the values",
-            "in answers, behind the first budget; given in brackets, the change against full attention with its",
+            "Generated chats, and generated documents with questions about them: of all tokens, and",
+            "of the values",
+            "in answers, behind the first budget; given in brackets, the change against full",
+            "attention with its",
             "95 % interval, text by text. The reader was trained on answers most of all, so what it makes of",
             "other tokens says little; values are what has to be remembered.",
         ),
@@ -208,7 +224,9 @@ def _text(m: Measured) -> list[str]:
     for budget, text in keys:
         rows = []
         for policy, family in m.families.items():
-            parts = [t for k, t in m.texts.items() if k[:3] == (policy, budget, text) and t["first"] >= budget]
+            parts = [
+                t for k, t in m.texts.items() if k[:3] == (policy, budget, text) and t["first"] >= budget
+            ]
             if not parts:
                 continue
             rows.append(
@@ -257,21 +275,22 @@ def _time(times: dict[str, Any]) -> list[str]:
         "",
         *_prose(
             f"The reader's shape with random weights and more positions; {made['threads']} thread, processor",
-            f"time, medians of {made['repeat']}, torch {made['torch']}, {made['date']}, load {made['load']} (other",
+            f"time, medians of {made['repeat']}, torch {made['torch']}, {made['date']}, load",
+            f"{made['load']} (other",
             "work ran on the machine). Milliseconds to read a text of so many tokens,",
-            f"in strides of {made['stride']} over a memory of {made['budget']}, and at once by full attention; the",
+            f"in strides of {made['stride']} over a memory of {made['budget']}, and at once by full",
+            "attention; the",
             "last column is the exponent of the growth over the longer half.",
         ),
         *_table(("", *(f"{n:,}" for n in reading["lengths"]), "exponent"), rows, numbers=len(rows[0]) - 1),
         *_prose(
-            "Tokens per second of decoding, one conversation, by what is in memory, the insertion of each stride",
+            "Tokens per second of decoding, one conversation, by what is in memory, the insertion of",
+            "each stride",
             "included:",
         ),
         *_table(
             ("memory", *names),
-            [
-                (f"{r['budget']:,}", *(f"{r['tokens_per_second'][n]:,.0f}" for n in names)) for r in rates
-            ],
+            [(f"{r['budget']:,}", *(f"{r['tokens_per_second'][n]:,.0f}" for n in names)) for r in rates],
             numbers=len(names),
         ),
     ]
@@ -286,7 +305,8 @@ def _soak(soak: dict[str, Any]) -> list[str]:
         *_prose(
             f"{soak['tokens']:,} tokens in {soak['turns']:,} turns through one session of `{made['model']}`",
             f"({made['memory']}, budget {made['budget']}, strides of {made['stride']}, answers of at most",
-            f"{made['answer']} tokens), {soak['minutes']:.1f} minutes on a busy machine. Resident memory of the",
+            f"{made['answer']} tokens), {soak['minutes']:.1f} minutes on a busy machine. Resident",
+            "memory of the",
             f"last tenth against the second one: {soak['memory_growth']:+.2%}; processor time per token:",
             f"{soak['cpu_growth']:+.1%}. The session itself holds {made['bytes'] / 1e6:.1f} MB.",
         ),
@@ -308,4 +328,9 @@ def _prose(*parts: str) -> list[str]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> list[str]:
     rule = "|" + "---|" * (len(header) - numbers) + "---:|" * numbers
-    return [*(f"| {' | '.join(row)} |" for row in (header,)), rule, *(f"| {' | '.join(r)} |" for r in rows), ""]
+    return [
+        *(f"| {' | '.join(row)} |" for row in (header,)),
+        rule,
+        *(f"| {' | '.join(r)} |" for r in rows),
+        "",
+    ]

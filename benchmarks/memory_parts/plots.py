@@ -59,14 +59,20 @@ def _figure(file: Path, lines: Sequence[Line], column: str, label: str, budget: 
 
     figure, axes = pyplot.subplots(figsize=(5.8, 3.2), layout="constrained")
     ticks: set[float] = set()
-    for name, colour, style, cells in lines:
-        cells = [c for c in cells if c["back"] in (NOTHING, FOUND)]
+    for name, colour, style, found in lines:
+        cells = [c for c in found if c["back"] in (NOTHING, FOUND)]
         if not cells:
             continue
         x = [c[column] for c in cells]
         ticks.update(x)
         axes.plot(
-            x, [c["right"] / c["asked"] for c in cells], style, color=colour, marker=".", linewidth=1, label=name
+            x,
+            [c["right"] / c["asked"] for c in cells],
+            style,
+            color=colour,
+            marker=".",
+            linewidth=1,
+            label=name,
         )
         lows, highs = [c["low"] for c in cells], [c["high"] for c in cells]
         axes.fill_between(x, lows, highs, color=colour, alpha=0.1, linewidth=0)

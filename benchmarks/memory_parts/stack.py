@@ -1,15 +1,15 @@
 """Many streams of equal length read side by side, each into a memory of its own.
 
 The policies are those of `kvrag.memory`: one state decides for all streams at once, as if the key heads of
-all of them were one layer's. What a policy decides for one head hangs on nothing but that head's scores and on
-how many tokens came, so nobody notices. Rows are kept unrotated here and turned to their places when they are
-read; tests/test_memory_benchmark.py holds the result against `kvrag.memory`'s own rows.
+all of them were one layer's. What a policy decides for one head hangs on nothing but that head's scores and
+on how many tokens came, so nobody notices. Rows are kept unrotated here and turned to their places when they
+are read; tests/test_memory_benchmark.py holds the result against `kvrag.memory`'s own rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,17 +41,17 @@ class Rows:
 
 @dataclass(slots=True)
 class Look:
-    """What one layer pays to recalled rows.
+    """What some layers pay to recalled rows.
 
     Attributes:
-        layer: which.
+        layers: which.
         rows: [B], the row of each stream whose attention counts.
-        found: [B, H, n], once it was read.
+        found: of each of them [B, H, n], once it was read.
     """
 
-    layer: int
+    layers: Collection[int]
     rows: torch.Tensor
-    found: torch.Tensor | None = None
+    found: list[torch.Tensor] = field(default_factory=list)
 
 
 class Turning:
@@ -116,7 +116,7 @@ class _Pass:
             keys.append(turned(self.recalled.keys[:, layer], self.recalled_at))
             values.append(self.recalled.values[:, layer])
         key, value = torch.cat((*keys, fresh), 2), torch.cat((*values, call.value), 2)
-        if self.weights is None and (self.look is None or self.look.layer != layer):
+        if self.weights is None and (self.look is None or layer not in self.look.layers):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=self._added, scale=call.scale, enable_gqa=True
             )
@@ -128,7 +128,7 @@ class _Pass:
             self.columns.append(torch.einsum("t,bhtn->bhn", self.weights, probs))
         if self.look is not None and self.recalled is not None:
             columns = slice(self.memory_at.shape[-1], total - num)
-            self.look.found = probs[torch.arange(batch), :, self.look.rows][..., columns].clone()
+            self.look.found.append(probs[torch.arange(batch), :, self.look.rows][..., columns].clone())
         return (probs.view(batch, num_kv, -1, total) @ value).view(batch, heads, num, dim)
 
     def mask(self, predicate: Any) -> Any:
@@ -187,8 +187,8 @@ class Stack:
         """Read a stride of every stream, [B, q], and insert it.
 
         Returns:
-            Negative log-likelihood of each token given those before, [B, q], if wanted (0 for the very first);
-            the pass, with its fresh rows.
+            Negative log-likelihood of each token given those before, [B, q], if wanted (0 for the very
+            first); the pass, with its fresh rows.
         """
         watching, losses = self.state.watching, None
         by_surprise = watching is not None and watching.surprise
@@ -237,7 +237,7 @@ class Stack:
             ids: padded behind.
             recalled: rows that stand between the first entries and the others.
             num_front: how many entries stand before them.
-            look: filled with what a layer pays to them.
+            look: filled with what some layers pay to them.
         """
         run = self._pass(ids.shape[1], None, recalled, num_front, look)
         return self.model.run(ids, run, logits_to_keep=0)

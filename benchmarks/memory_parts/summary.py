@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,7 +75,7 @@ def _texts(records: Sequence[Record]) -> Iterator[Sequence[Any]]:
     some = [r for r in records if r["task"] in (CHAT, DOCUMENTS)]
     for (policy, budget, text), group in _grouped(some, "policy", "budget", "task"):
         streams = [stream for record in group for stream in record["results"]]
-        for i, (first, end) in enumerate(zip(BINS, BINS[1:], strict=False)):
+        for i, (first, end) in enumerate(itertools.pairwise(BINS)):
             loss, tokens, value_loss, values = (sum(s[i][j] for s in streams) for j in range(4))
             yield policy, budget, text, first, end, tokens, loss / tokens, values, value_loss / max(1, values)
 

@@ -129,10 +129,7 @@ class Worker:
     def do(self, unit: Unit) -> dict[str, Any]:
         """The record of a unit."""
         began = time.process_time()
-        if unit.task in (CHAT, DOCUMENTS):
-            results = self._losses(unit)
-        else:
-            results = self._asked(unit)
+        results = self._losses(unit) if unit.task in (CHAT, DOCUMENTS) else self._asked(unit)
         seconds = round(time.process_time() - began, 2)
         return {**asdict(unit), "results": results, "cpu_seconds": seconds}
 
@@ -184,7 +181,9 @@ class Worker:
             parts.append(losses)
         found_losses = torch.cat(parts, 1).double()
         kinds = torch.tensor([stream.kinds for stream in streams])
-        return [[_bin(x, k, i) for i in range(len(BINS) - 1)] for x, k in zip(found_losses, kinds, strict=True)]
+        return [
+            [_bin(x, k, i) for i in range(len(BINS) - 1)] for x, k in zip(found_losses, kinds, strict=True)
+        ]
 
 
 def passkey_distances(batch: int, budget: int) -> list[int]:

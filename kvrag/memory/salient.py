@@ -28,9 +28,9 @@ _LEAST = 1e-30  # a surprise of 0 has no logarithm
 class Salient:
     """Sinks, a window, and between them those older tokens that the model expected least.
 
-    A token's worth is the surprise of its message, halved with every `half_life` budgets of tokens that come after it;
-    what leaves the window stays as long as it is worth more than something else. Attention tells what
-    was needed so far; surprise tells, before anything is asked, what could not be made up again.
+    A token's worth is the surprise of its message, halved with every `half_life` budgets of tokens that come
+    after it; what leaves the window stays as long as it is worth more than something else. Attention tells
+    what was needed so far; surprise tells, before anything is asked, what could not be made up again.
 
     Attributes:
         budget: tokens per layer and head, sinks included.
@@ -133,7 +133,11 @@ class SalientState(SlotState):
             self._sinks + torch.arange(pool.shape[-1]),
             self._sinks + self._pool + torch.arange(coming.start, coming.stop) % self._width,
         ]
-        sources = [self._wide(self.capacity + first), pool, self._wide(row + torch.arange(coming.start, coming.stop))]
+        sources = [
+            self._wide(self.capacity + first),
+            pool,
+            self._wide(row + torch.arange(coming.start, coming.stop)),
+        ]
         moves = self._changed(torch.cat(slots).to(pool.device), torch.cat(sources, -1).long())
         move(moves, self._worth, fresh)
         return moves
