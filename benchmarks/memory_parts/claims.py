@@ -79,6 +79,11 @@ def _cascade(m: Measured) -> Iterator[Verdict]:
             f"passkeys at 16 budgets, the best of them ({best}): {percent(held)}; ahead of the window by "
             f"{points(cell['gain'], cell['low'], cell['high'])}",
         )
+    for claim, against, limit in (
+        ("a cascade's perplexity at half the budget is within 10 % of full attention's", FULL, math.log(1.1)),
+        ("and lower than the window's", WINDOW, 0.0),
+    ):
+        yield from _perplexity(m, "Cascading KV cache", "cascade 8", claim, against, limit)
     chosen = [
         m.against.get(("near", m.budget, distance, "cascade 4", "cascade 4, random scores"))
         for distance in (128, 256, 512)
@@ -94,21 +99,27 @@ def _cascade(m: Measured) -> Iterator[Verdict]:
 
 
 def _ladder(m: Measured) -> Iterator[Verdict]:
-    for against, limit, claim in (
-        (FULL, math.log(1.1), "a ladder's perplexity at half the budget is within 10 % of full attention's"),
-        (WINDOW, 0.0, "and lower than the window's"),
+    for claim, against, limit in (
+        ("a ladder's perplexity at half the budget is within 10 % of full attention's", FULL, math.log(1.1)),
+        ("and lower than the window's", WINDOW, 0.0),
     ):
-        found, words = [], []
-        for text in ("chat", "documents"):
-            if gap := m.gaps.get(("ladder 1/2", 4 * m.budget, text, against)):
-                found.append(below(gap["low"], gap["high"], limit))
-                words.append(
-                    f"{text}: {math.expm1(gap['gap']):+.1%} [{math.expm1(gap['low']):+.1%}, "
-                    f"{math.expm1(gap['high']):+.1%}]"
-                )
-        if found:
-            where = f"budget {4 * m.budget}, tokens {4 * m.budget} to {8 * m.budget}; "
-            yield Verdict(claim, "LaCache", joined(found), where + "; ".join(words))
+        yield from _perplexity(m, "LaCache", "ladder 1/2", claim, against, limit)
+
+
+def _perplexity(
+    m: Measured, source: str, policy: str, claim: str, against: str, limit: float
+) -> Iterator[Verdict]:
+    """A claim about the mean loss against another policy's, for either kind of text."""
+    for text in ("chat", "documents"):
+        if gap := m.gaps.get((policy, 4 * m.budget, text, against)):
+            middle, low, high = (math.expm1(gap[name]) for name in ("gap", "low", "high"))
+            yield Verdict(
+                claim,
+                source,
+                below(gap["low"], gap["high"], limit),
+                f"{policy}, {text}, budget {4 * m.budget}, tokens {4 * m.budget} to {8 * m.budget}: "
+                f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]",
+            )
 
 
 def _combined(m: Measured) -> Iterator[Verdict]:

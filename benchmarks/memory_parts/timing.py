@@ -22,7 +22,7 @@ from kvrag.memory.rows import MemoryRows
 from kvrag.memory.window import Window
 from kvrag.model import READER, Model
 
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 BUDGETS = (1024, 4096, 16_384, 65_536)
 BUDGET, STRIDE = 1024, 256
 
