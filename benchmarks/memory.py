@@ -102,7 +102,8 @@ def main() -> None:
         if args.smoke:
             args.run, args.plots = Path(temporary, "run"), Path(temporary)
             args.json, args.times = Path(temporary, "memory.json"), Path(temporary, "time.json")
-            args.archive, args.batches, args.budget = Path(temporary, "records.xz"), 1, 128
+            args.archive, args.batches, args.budget = Path(temporary, "records.xz"), 1, 64
+            args.policies = ["window", "ladder 1/2", "salient"]
         if args.time or args.smoke:
             times = measure(smoke=args.smoke)
             args.times.write_text(json.dumps(times, indent=1) + "\n")

@@ -77,13 +77,15 @@ def _texts(records: Sequence[Record]) -> Iterator[Sequence[Any]]:
         streams = [stream for record in group for stream in record["results"]]
         for i, (first, end) in enumerate(itertools.pairwise(BINS)):
             loss, tokens, value_loss, values = (sum(s[i][j] for s in streams) for j in range(4))
-            yield policy, budget, text, first, end, tokens, loss / tokens, values, value_loss / max(1, values)
+            if tokens:
+                value_loss /= max(1, values)
+                yield policy, budget, text, first, end, tokens, loss / tokens, values, value_loss
 
 
-def mean_loss(stream: Sequence[Sequence[float]], budget: int) -> float:
-    """Of the tokens from where the budget may be exceeded."""
-    bins = [i for i, first in enumerate(BINS[:-1]) if first >= budget]
-    return sum(stream[i][0] for i in bins) / sum(stream[i][1] for i in bins)
+def mean_loss(stream: Sequence[Sequence[float]], budget: int) -> float | None:
+    """Of the tokens from where the budget may be exceeded; None: there are none."""
+    bins = [i for i, first in enumerate(BINS[:-1]) if first >= budget and stream[i][1]]
+    return sum(stream[i][0] for i in bins) / sum(stream[i][1] for i in bins) if bins else None
 
 
 def _gaps(records: Sequence[Record]) -> Iterator[Sequence[Any]]:
@@ -92,12 +94,13 @@ def _gaps(records: Sequence[Record]) -> Iterator[Sequence[Any]]:
     by_key = {(r["policy"], r["budget"], r["task"], r["batch"]): r["results"] for r in some}
     for (policy, budget, text), group in _grouped(some, "policy", "budget", "task"):
         for against in (FULL, WINDOW):
-            differences = [
-                mean_loss(mine, budget) - mean_loss(other, budget)
+            pairs = (
+                (mean_loss(mine, budget), mean_loss(other, budget))
                 for r in group
                 if (others := by_key.get((against, budget, text, r["batch"])))
                 for mine, other in zip(r["results"], others, strict=True)
-            ]
+            )
+            differences = [a - b for a, b in pairs if a is not None and b is not None]
             if policy != against and len(differences) > 1:
                 middle = fmean(differences)
                 half = Z * stdev(differences) / math.sqrt(len(differences))
