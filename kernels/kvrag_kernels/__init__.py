@@ -1,5 +1,6 @@
-"""Attention over segments: fast paths, each beside the plain function that defines it."""
+"""Attention over segments, and the update of a cascade: fast paths, each beside its definition."""
 
+from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
 from kvrag_kernels.segment_attention import (
     Attended,
     Group,
@@ -15,10 +16,13 @@ from kvrag_kernels.segment_attention import (
 
 __all__ = [
     "Attended",
+    "CascadeUpdate",
     "Group",
     "RowMask",
     "Rows",
     "Turn",
+    "cascade_update",
+    "cascade_update_reference",
     "column_mass",
     "part_mass",
     "parted_attention",

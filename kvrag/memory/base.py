@@ -50,7 +50,7 @@ class Watching:
     """How attention becomes scores.
 
     Attributes:
-        beta: decay of a score per token (exponential moving average).
+        beta: decay of a score per token (exponential moving average); 1: no decay, attention is summed up.
         reduction: over the query heads that share a key head.
         homogeneous: over all query heads of a layer instead; all its key heads then keep the same tokens.
     """
@@ -58,6 +58,11 @@ class Watching:
     beta: float
     reduction: Reduction = "max"
     homogeneous: bool = False
+
+    def weights(self, num_queries: int) -> torch.Tensor:
+        """[q], float32: what each query of a stride counts, (1 - beta) beta^(q-1-j); 1 if nothing decays."""
+        ages = torch.arange(num_queries - 1, -1, -1, dtype=torch.float64)
+        return ((1 - self.beta or 1) * self.beta**ages).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +141,18 @@ class MemoryPolicy(Protocol):
         """Most entries per layer and head after an insertion, sinks included; None: no limit."""
         ...
 
-    def start(self, num_layers: int, num_kv_heads: int, *, pinned: int = 0) -> MemoryState:
+    def start(
+        self, num_layers: int, num_kv_heads: int, *, pinned: int = 0, device: torch.device | None = None
+    ) -> MemoryState:
         """An empty memory.
 
         Args:
             num_layers: L.
             num_kv_heads: K.
             pinned: tokens in front that always stay; they count as sinks.
+            device: of scores, ids and moves; None: main memory.
+
+        Raises:
+            ConfigError: the policy does not work for so many layers.
         """
         ...

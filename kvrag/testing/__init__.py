@@ -1,4 +1,6 @@
-"""What tests of kvrag, and of code that builds on it, share: `stores` (contract suite), `models` (tiny ones).
+"""What tests of kvrag, and of code that builds on it, share.
 
-Nothing is imported here: `stores` needs pytest, `models` does not.
+`stores` and `memories` are contract suites, `models` tiny models.
+
+Nothing is imported here: the suites need pytest, `models` does not.
 """
