@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,7 +21,7 @@ from kvrag.messages import Message, Tool
 from kvrag.model import Model
 from kvrag.prefill import Read, Work
 from kvrag.sessions import file
-from kvrag.sessions.pinned import Opening, pinning
+from kvrag.sessions.pinned import Opening, Openings, Pinned, pinning
 from kvrag.sessions.rendering import Rendering
 from kvrag.sessions.talk import Talk
 from kvrag.sessions.turn import Asked, Recalls, read_prompt, turn
@@ -65,7 +66,7 @@ class Settings:
 
     policy: MemoryPolicy
     system: str | None = None
-    documents: tuple[str, ...] = ()
+    documents: Sequence[str] = ()
     stride: int = 128
     keeps_log: bool = True
     max_undo: int = 2
@@ -81,7 +82,8 @@ class Settings:
         if self.max_undo < 0:
             raise ConfigError(f"max_undo is {self.max_undo}; expected 0 or more")
         if isinstance(self.documents, str) or not all(isinstance(d, str) for d in self.documents):
-            raise ConfigError("documents is not a list of texts")
+            raise ConfigError(f"documents is {self.documents!r}; expected a list of texts")
+        object.__setattr__(self, "documents", tuple(self.documents))
 
 
 class Session:
@@ -106,9 +108,20 @@ class Session:
         settings: Settings,
         *,
         name: str | None = None,
+        openings: Openings | None = None,
         recalls: Recalls | None = None,
     ) -> None:
-        """Make an empty one; see `Engine.session`."""
+        """Make an empty one; see `Engine.session`.
+
+        Args:
+            caches: of the model.
+            worker: that runs it.
+            settings: what it is made with.
+            name: its id.
+            openings: what sessions of this engine have pinned.
+            recalls: brings back what the memory has lost.
+        """
+        self._openings: Openings = WeakValueDictionary() if openings is None else openings
         self.name, self.settings, self.recalls = name, settings, recalls
         self._caches, self._worker = caches, worker
         self._rendering = Rendering(caches.model.text, settings.system, settings.documents)
@@ -119,7 +132,7 @@ class Session:
         self._is_settled = False  # a turn is complete, and its session not yet free
         self._counts: tuple[int, int] | None = None  # tokens and turns of a parked one
         self.on_change: Callable[[Session], None] | None = None
-        """Called on the model's thread behind every turn, while nothing else uses the session."""
+        """Called on the model's thread whenever something was done, while nothing else uses the session."""
 
     def send(self, message: str, *, sampling: Sampling | None = None) -> Answer:
         """Say something behind what was said, and wait for the answer.
@@ -208,11 +221,23 @@ class Session:
 
         self._do(work)
 
-    def fork(self, name: str | None = None) -> Session:
-        """Another session that goes on from here, independent of this one."""
+    def fork(self, name: str | None = None, *, recalls: Recalls | None = None) -> Session:
+        """Another session that goes on from here, independent of this one.
+
+        Args:
+            name: its id.
+            recalls: brings back what its memory has lost; not this session's.
+        """
 
         def work() -> Work[Session]:
-            other = Session(self._caches, self._worker, self.settings, name=name)
+            other = Session(
+                self._caches,
+                self._worker,
+                self.settings,
+                name=name,
+                openings=self._openings,
+                recalls=recalls,
+            )
             other._talk = None if self._talk is None else self._talk.fork()
             return other
             yield
@@ -279,7 +304,7 @@ class Session:
         if (talk := self._talk) is not None:
             return talk.state.seen, talk.num_turns
         if self._parked is not None and self._counts is None:  # by another process
-            manifest = file.read(self._parked)[1]
+            manifest = file.read(self._parked).manifest
             self._counts = int(manifest["num_tokens"]), int(manifest["num_turns"])
         return self._counts or (0, 0)
 
@@ -320,18 +345,16 @@ class Session:
         def work() -> Generator[Piece | Ask, Read, Answer]:
             asked = yield from ask()
             assert self._talk is not None
-            answer = yield from turn(
-                self._model,
-                self._talk,
-                asked,
-                sampling,
-                stride=self.settings.stride,
-                recalls=self.recalls,
+            return (
+                yield from turn(
+                    self._model,
+                    self._talk,
+                    asked,
+                    sampling,
+                    stride=self.settings.stride,
+                    recalls=self.recalls,
+                )
             )
-            self._is_settled = True
-            if self.on_change is not None:
-                self.on_change(self)
-            return answer
 
         yield (yield from self._alone(work, may_lose=may_lose))
 
@@ -357,11 +380,20 @@ class Session:
                 raise SessionError(
                     f"the session {self.name or ''} was deleted; make a new one".replace("  ", " ")
                 )
-            self._wake(may_lose)
+            yield from self._wake(may_lose)
             return (yield from work())
         finally:
-            self._turns.remove(mine)
+            self._settle(mine)
+
+    def _settle(self, mine: object) -> None:
+        """End a turn: whoever looks after many sessions has his turn, then the next one who waits."""
+        try:
+            if self._turns[0] is mine and self._talk is not None and self.on_change is not None:
+                self._is_settled = True
+                self.on_change(self)
+        finally:
             self._is_settled = False
+            self._turns.remove(mine)
 
     def _said(self, message: str) -> Work[Asked]:
         """What a message adds."""
@@ -409,11 +441,15 @@ class Session:
         if old is not None and old.pinned.opening == opening:
             pinned = old.pinned
         else:
-            pinned = yield from pinning(self._caches, opening, stride=settings.stride)
+            pinned = yield from self._pinned(opening)
         del old
         self._talk = Talk(
             self._model, settings.policy, pinned, keeps_log=settings.keeps_log, max_undo=settings.max_undo
         )
+
+    def _pinned(self, opening: Opening) -> Work[Pinned]:
+        found = yield from pinning(self._caches, opening, self._openings, stride=self.settings.stride)
+        return found
 
     def _write(self, path: Path) -> None:
         if self._talk is None:
@@ -445,47 +481,48 @@ class Session:
         """Be the session that a file holds, from its next use on."""
         self._parked = path
 
-    def _wake(self, may_lose: bool) -> None:
+    def _wake(self, may_lose: bool) -> Work[None]:
         """Come back from the file that the session is parked in."""
         if self._parked is None or self._talk is not None:
             return
         try:
-            tensors, manifest = file.read(self._parked)
-            self._take(tensors, manifest)
+            yield from self._take(file.read(self._parked))
         except (SessionDamaged, ConfigError) as error:
             if not may_lose:
                 raise
             logger.warning("session %s is read anew: %s", self.name, error)
         self._parked = None
 
-    def _take(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
-        settings = self.settings
-        self._talk = file.load(
-            dict(tensors), manifest, self._model, settings.policy, max_undo=settings.max_undo
-        )
+    def _take(self, saved: file.Saved) -> Work[None]:
+        """Become what was saved."""
+        settings, model = self.settings, self._model
+        file.check_model(saved.manifest, model)
+        pinned = yield from self._pinned(file.opening_of(saved.manifest))
+        self._talk = file.load(saved, model, settings.policy, pinned, max_undo=settings.max_undo)
 
 
 def loaded_session(
     caches: Caches,
     worker: Worker,
     path: Path,
-    policy: MemoryPolicy,
+    policy: MemoryPolicy | None,
     *,
+    openings: Openings,
     recalls: Recalls | None = None,
 ) -> Session:
     """The session that a file holds; see `Engine.load_session`."""
-    tensors, manifest = file.read(path)
-    about = manifest["about"]
+    saved = file.read(path)
+    about = saved.manifest["about"]
     settings = Settings(
-        policy,
+        file.policy_of(saved.manifest) if policy is None else policy,
         about["system"],
         tuple(about["documents"]),
         int(about["stride"]),
         bool(about["keeps_log"]),
         int(about["max_undo"]),
     )
-    session = Session(caches, worker, settings, name=about["name"], recalls=recalls)
-    worker.call(lambda: session._take(tensors, manifest))
+    session = Session(caches, worker, settings, name=about["name"], openings=openings, recalls=recalls)
+    worker.do(lambda: session._take(saved))
     return session
 
 

@@ -210,11 +210,11 @@ class Talk:
     def num_remembered(self) -> tuple[int, float]:
         """Tokens that at least one layer and head holds, and the share that an average one holds."""
         ids = self.state.ids
-        held = ids[ids >= 0]
-        groups = ids.shape[0] * ids.shape[1]
+        held, groups = ids[ids >= 0], ids.shape[0] * ids.shape[1]
         if not self.state.seen:
             return 0, 1.0
-        return len(held.unique()), len(held) / groups / self.state.seen
+        counts = torch.bincount(held, minlength=self.state.seen)
+        return int((counts > 0).sum()), len(held) / groups / self.state.seen
 
     def shares(self) -> torch.Tensor:
         """[tokens], float32: for each token of the conversation, which share of layers and heads holds it."""
