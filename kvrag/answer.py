@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from kvrag.citations import Span
 from kvrag.focus.risk import Risk
@@ -189,3 +189,32 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)
     memory: MemoryUse | None = None
+
+
+def report(answer: Answer) -> dict[str, Any]:
+    """What an answer cost and rests on, as plain values that can be stored: what adapters tell of it.
+
+    `documents` has one item for each document of the prompt; `memory` is there for a session's answer only:
+    what `MemoryUse` says, and `forgotten`.
+    """
+    told: dict[str, Any] = {
+        "usage": asdict(answer.usage),
+        "documents": [
+            {
+                "key": use.key,
+                "num_tokens": use.num_tokens,
+                "is_hit": use.is_hit,
+                "mass": use.mass,
+                "focus": use.focus,
+                "question_mass": use.question_mass,
+                "dropped_at": use.dropped_at,
+            }
+            for use in answer.documents
+        ],
+        "seconds": asdict(answer.timing),
+        "policy": answer.policy,
+        "in_full": answer.in_full,
+    }
+    if answer.memory is not None:
+        told["memory"] = {**asdict(answer.memory), "forgotten": answer.memory.forgotten}
+    return told

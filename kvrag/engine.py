@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -129,6 +129,7 @@ class Engine:
         if max_batch < 1 or self.pass_tokens < 1:
             raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
         self._openings: Openings = WeakValueDictionary()
+        self._many: WeakSet[Sessions] = WeakSet()
         passes = Passes(model, self.pass_tokens)
         self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
 
@@ -373,7 +374,9 @@ class Engine:
             )
 
         check_room(self.model, policy, 0)
-        return Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+        sessions = Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+        self._many.add(sessions)
+        return sessions
 
     def load_session(
         self, path: str | Path, memory: MemoryPolicy | None = None, *, recalls: Recalls | None = None
@@ -527,9 +530,17 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Cancel running answers and let go of the store's files."""
-        self._worker.close()
-        self._caches.close()
+        """Write the sessions that have a folder, cancel running answers, let go of the store's files.
+
+        Raises:
+            StoreWriteError: sessions cannot be written; the engine is closed all the same.
+        """
+        try:
+            for sessions in list(self._many):
+                sessions.close()
+        finally:
+            self._worker.close()
+            self._caches.close()
 
     def __enter__(self) -> Engine:
         """Close on exit."""

@@ -330,6 +330,11 @@ class Session:
         return self._is_deleted
 
     @property
+    def model(self) -> Model:
+        """The model that reads and answers."""
+        return self._caches.model
+
+    @property
     def _model(self) -> Model:
         return self._caches.model
 
