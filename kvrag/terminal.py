@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,19 @@ def _status(reply: Reply) -> list[str]:
     if answer.in_full:
         parts.append("read in full")
     return parts
+
+
+def print_spans(spans: Sequence[tuple[int, int, str]], show: Callable[[str], None]) -> None:
+    """Places in a conversation and what they say, each in a line no wider than the terminal.
+
+    Args:
+        spans: first token, the one behind the last, and the text.
+        show: prints a line.
+    """
+    width = stdout().width
+    for start, end, text in spans:
+        place = f"  {start} to {end - 1}: "
+        show((place + _cut(" ".join(text.split()), max(12, width - len(place)))).rstrip())
 
 
 def _print_parts(out: Console, parts: Sequence[str]) -> None:

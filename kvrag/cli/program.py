@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from kvrag.cli import asking, collection, models, moving, planning, reading, upkeep
+from kvrag.cli import asking, chatting, collection, models, moving, planning, reading, upkeep
 from kvrag.errors import KVRagError
 from kvrag.terminal import stderr
 
@@ -31,6 +31,8 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("ingest", reading.ingest, "Read documents once, and keep their caches."),
     ("warm", reading.warm, "Build the caches that chunks lack."),
     ("ask", asking.ask, None),
+    ("chat", chatting.chat, "Talk with a model whose memory does not grow."),
+    ("sessions", chatting.sessions, "List saved conversations, or remove some."),
     ("ls", collection.list_documents, None),
     ("rm", collection.rm, "Remove chunks or files, and their caches."),
     ("stats", collection.stats, None),

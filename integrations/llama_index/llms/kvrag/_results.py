@@ -22,15 +22,15 @@ def counts_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def raw_of(answer: Answer, model: str) -> dict[str, Any]:
-    """Plain values that can be stored: counts, each document's use, seconds."""
+def raw_of(answer: Answer, model: str, session: str | None = None) -> dict[str, Any]:
+    """Plain values that can be stored: counts, documents, seconds, a session's memory and name."""
     counts = counts_of(answer)
     cached = counts.pop("cached_tokens")
     return {
         "model": model,
         "finish_reason": answer.finish_reason,
         "usage": {**counts, "prompt_tokens_details": {"cached_tokens": cached}},
-        "kvrag": report(answer),
+        "kvrag": {**report(answer), **({"session": session} if answer.memory else {})},
     }
 
 
