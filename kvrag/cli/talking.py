@@ -194,11 +194,12 @@ class Conversation:
         self._say("all of it is forgotten; the next message begins anew")
 
     def _stats(self, _: str) -> None:
-        session, said = self._session, self._session.num_tokens
-        lost = sum(span.end - span.start for span in session.forgotten())
+        session = self._session
+        lost = sum(span.end - span.start for span in session.forgotten())  # waits for a turn that ends
+        said = session.num_tokens
         policy = session.settings.policy
-        limit = "no limit" if policy.budget is None else f"at most {policy.budget} tokens in a layer and head"
-        self._say(f"memory: {policy.name}, {limit}; {size(session.num_bytes)} with what /undo needs")
+        limit = "no limit" if policy.budget is None else f"at most {policy.budget} tokens a head"
+        self._say(f"memory: {policy.name}, {limit}; takes {size(session.num_bytes)}")
         self._say(
             f"said: {said} tokens in {session.num_turns} turns; {said - lost} are still remembered somewhere"
         )
@@ -206,7 +207,7 @@ class Conversation:
     def _help(self, _: str) -> None:
         for name, (_function, arguments, text) in self._commands.items():
             self._say(f"  {f'/{name} {arguments}'.rstrip():<16} {text}")
-        self._say("  Ctrl-C stops an answer, and leaves at the prompt; // begins a message with a slash")
+        self._say("  Ctrl-C stops an answer, or leaves; // begins a message with a slash")
 
     def _quit(self, _: str) -> None:
         self._is_over = True

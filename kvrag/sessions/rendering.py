@@ -31,6 +31,7 @@ class Rendering:
         self._joined = "\n\n".join(self._documents)
         lead = system if system is not None or not documents else INSTRUCTION
         self._system = "\n\n".join(part for part in (lead, self._joined) if part)
+        self._lead: str | None = None
 
     @property
     def has_template(self) -> bool:
@@ -107,7 +108,7 @@ class Rendering:
             if not before or not whole.startswith(before):
                 continue
             said = flat(talk[number].get("content"))
-            ends = [len(before)]
+            ends, said = [len(before)], f"{self._answers_lead()}{said}" if said else ""
             if said and whole.startswith(said, len(before)):
                 ends.append(len(before) + len(said))
             found += [end for end in ends if start < end < len(whole)]
@@ -118,6 +119,9 @@ class Rendering:
     def _led(self, history: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages with the session's system prompt in front, unless they bring their own."""
         talk = normalized(history)
+        for message in talk:
+            if message.get("role") == "assistant" and isinstance(said := message["content"], str):
+                message["content"] = said.strip() if said and self._answers_lead() else said
         if not self._system:
             return talk
         if talk[0].get("role") == "system":
@@ -126,6 +130,21 @@ class Rendering:
                 return talk
             return [{**talk[0], "content": f"{own}\n\n{self._joined}"}, *talk[1:]]
         return [{"role": "system", "content": self._system}, *talk]
+
+    def _answers_lead(self) -> str:
+        """White space that the template writes in front of answers, where the model is to write it itself.
+
+        Answers begin with it then, and the template would write it twice.
+        """
+        if self._lead is None:
+            self._lead = ""
+            talk = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _HEARD}]
+            with suppress(InputError):
+                before, whole = self._render(talk[:1], None), self._render(talk, None)
+                if whole.startswith(before):
+                    between = whole[len(before) :].partition(_HEARD)[0]
+                    self._lead = "" if between.strip() else between
+        return self._lead
 
     def _render(self, talk: Sequence[Message], tools: Sequence[Tool] | None) -> str:
         """As the template writes it; for one that knows no system message, the user says it."""
