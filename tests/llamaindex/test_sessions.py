@@ -164,8 +164,11 @@ class CallsFirst(KVCacheLLM):
 
 # The workflow library looks at all names of an agent, those that pydantic deprecates included.
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")
-def test_an_agents_tool_loop(engine: Engine, heard: Any) -> None:
-    llm = CallsFirst(engine=engine, session="jane", memory=Window(700), max_tokens=60, max_string=8)
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_an_agents_tool_loop(reader: Any, heard: Any, is_plain: bool) -> None:
+    """The reader's template puts a space in front of calls, which their form does not: a turn back."""
+    engine = Engine(tiny() if is_plain else reader)
+    llm = CallsFirst(engine=engine, session="jane", memory=Window(700), max_tokens=120, max_string=8)
     agent = FunctionAgent(
         tools=[FunctionTool.from_defaults(find_boat)], llm=llm, system_prompt="You know boats."
     )
@@ -178,8 +181,12 @@ def test_an_agents_tool_loop(engine: Engine, heard: Any) -> None:
     asyncio.run(main())
     told = [use(answer) for answer in heard.answers()]
     assert len(told) == 4
-    assert not any(memory["anew"] or memory["went_back"] for memory in told)
-    assert max(memory["read"] for memory in told) < 80, "tools are pinned, and each call reads what is new"
+    engine.close()
+    assert not any(memory["anew"] for memory in told)
+    assert [memory["went_back"] for memory in told] == ([0, 0, 0, 0] if is_plain else [0, 1, 0, 1])
+    assert max(memory["read"] for memory in told) < told[0]["pinned"] / 2, (
+        "tools are pinned, and each call reads what is new"
+    )
 
 
 def test_edits_and_regeneration(engine: Engine, talk: Make) -> None:
