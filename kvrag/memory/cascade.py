@@ -161,7 +161,8 @@ class CascadeState(SlotState):
         """Bring the scores up to date; the first scores of the new tokens, [L, K or 1, q]."""
         if self._watching is None or seen is None:
             return self._scores.new_zeros(*self._scores.shape[:2], num_new)
-        self._scores.mul_(self._watching.beta**num_new).add_(seen.slots.to(self._scores))
+        decay = self._watching.beta**num_new
+        torch.add(seen.slots.to(self._scores), self._scores, alpha=decay, out=self._scores)  # one pass
         return seen.fresh.to(self._scores)
 
     def _numbers(self) -> list[int]:

@@ -67,10 +67,13 @@ def move(moves: Moves, old: torch.Tensor, new: torch.Tensor) -> None:
     """
     if not new.shape[-1]:
         return
+    new, slots = new.expand(*old.shape[:2], -1), moves.slots
+    if 4 * len(slots) > moves.num_before:  # then a pass over everything is the shorter way
+        old[..., slots] = torch.cat([old, new], dim=-1).gather(-1, moves.sources)
+        return
     rows = moves.sources - moves.num_before
-    from_new = new.expand(*old.shape[:2], -1).gather(-1, rows.clamp(min=0))
     from_old = old.gather(-1, moves.sources.clamp(max=moves.num_before - 1))
-    old[..., moves.slots] = torch.where(rows >= 0, from_new, from_old)
+    old[..., slots] = torch.where(rows >= 0, new.gather(-1, rows.clamp(min=0)), from_old)
 
 
 class SlotState(ABC):

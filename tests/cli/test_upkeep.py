@@ -198,6 +198,18 @@ def test_pinned_caches_outlive_a_small_budget(run: Run, model: Path) -> None:
     assert run("stats", "--json").object["entries"] == 6
 
 
+def test_warming_ends_where_the_first_cache_pushes_out_another(run: Run, model: Path) -> None:
+    folder = Path("many")
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"Document {number} tells of {number + 1000}. " * 4)
+    whole = run("ingest", "many", "--model", model, "--json").object["cache_bytes"]
+    run("budget", str(int(whole * 0.45)))  # two and a half caches fit, give or take
+    warmed = run("warm", "--json").object
+    assert (warmed["built"], warmed["is_full"]) == (1, True)
+    assert run("stats", "--json").object["entries"] == 2
+
+
 def test_a_budget_below_the_pinned_is_refused(ingested: Run, assert_refused: Refused) -> None:
     ingested("pin", "notes/a.txt", "notes/b.md")
     assert_refused(ingested("budget", "1kB"), "are pinned, more than 1kB; let some go with kvrag unpin")

@@ -49,10 +49,10 @@ def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 class PlainAttention:
-    """One layer's attention in float32 over a memory and the stride itself; keys lie unrotated in slots.
+    """The first layer's attention in float32 over a memory and the stride; keys lie unrotated in slots.
 
     Args:
-        state: an empty memory of one layer.
+        state: an empty memory; its other layers see what the first one sees.
         kv_heads: K.
         dim: D.
     """
@@ -89,7 +89,9 @@ class PlainAttention:
         }[watching.reduction]
         old = torch.zeros(1, len(reduced), self.state.capacity)
         old[0][:, slots] = reduced[:, : len(slots)]
-        return Seen(old, reduced[None, :, len(slots) :])
+        fresh = reduced[None, :, len(slots) :]
+        layers = self.state.ids.shape[0]
+        return Seen(old.expand(layers, -1, -1), fresh.expand(layers, -1, -1))
 
     def _insert(self, k: torch.Tensor, v: torch.Tensor, seen: Seen | None) -> None:
         moves = self.state.take(k.shape[1], seen)

@@ -48,7 +48,8 @@ def _joined(items: Sequence[_Items]) -> _Items:
 def _residents(scores: torch.Tensor, slots: Ints) -> _Items:
     """What lies in some ring slots; `scores` is [H, C * W]."""
     places = torch.from_numpy(slots).to(scores.device)
-    return _Items(places[:, None], scores.index_select(1, places).t())
+    # index_select would first copy all scores if they are a part of something larger.
+    return _Items(places[:, None], scores[:, places].t())
 
 
 def _last_best(items: _Items, firsts: Ints) -> _Items:
