@@ -114,7 +114,7 @@ class Chats:
             return place[name]
         with self._lock:
             if place is None:
-                if name not in self._alone or self._alone[name].is_deleted:
+                if name not in self._alone or self._alone[name].house.is_deleted:
                     self._alone[name] = self._made(name)
                 return self._alone[name]
             if self._folder is None:

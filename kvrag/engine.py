@@ -35,7 +35,8 @@ from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.sessions.many import Sessions
 from kvrag.sessions.pinned import Openings
-from kvrag.sessions.session import Session, Settings, loaded_session
+from kvrag.sessions.session import Session, loaded_session
+from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import check_room
 from kvrag.sessions.turn import Recalls
 from kvrag.store.base import KVStore

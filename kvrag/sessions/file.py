@@ -238,7 +238,7 @@ def _own_segments(talk: Talk) -> list[Segment]:
 def _described(talk: Talk) -> dict[str, Any]:
     pinned = talk.pinned
     return {
-        "digest": _told(talk.digest),
+        "digests": [_told(digest) for digest in talk.digests],
         "num_turns": talk.num_turns,
         "num_tokens": talk.state.seen,
         "opening": asdict(pinned.opening),
@@ -247,7 +247,7 @@ def _described(talk: Talk) -> dict[str, Any]:
         ],
         "turns": [
             {
-                "digest": _told(snapshot.digest),
+                "digests": [_told(digest) for digest in snapshot.digests],
                 "num_tokens": snapshot.num_tokens,
                 "num_images": len(snapshot.journal.images),
             }
@@ -260,8 +260,11 @@ def _told(digest: TextDigest) -> dict[str, Any]:
     return {"length": digest.length, "chain": digest.chain.hex(), "tail": digest.tail}
 
 
-def _digest(told: Mapping[str, Any]) -> TextDigest:
-    return TextDigest(int(told["length"]), bytes.fromhex(told["chain"]), str(told["tail"]))
+def _digests(told: Mapping[str, Any]) -> tuple[TextDigest, ...]:
+    return tuple(
+        TextDigest(int(one["length"]), bytes.fromhex(one["chain"]), str(one["tail"]))
+        for one in told["digests"]
+    )
 
 
 def _loaded(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, max_undo: int) -> Talk:
@@ -272,7 +275,7 @@ def _loaded(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, ma
     talk = Talk(model, policy, pinned, keeps_log=saved.log is not None, max_undo=max_undo)
     talk.state.restore(_under(tensors, "state."))
     talk.rows.load(_under(tensors, "rows."))
-    talk.digest, talk.num_turns = _digest(manifest["digest"]), int(manifest["num_turns"])
+    talk.digests, talk.num_turns = _digests(manifest), int(manifest["num_turns"])
     if saved.log is not None:
         talk.log = saved.log
     for i, turn in enumerate(manifest["turns"]):
@@ -282,7 +285,7 @@ def _loaded(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, ma
         ]
         state = _under(tensors, f"turn.{i}.state.")
         journal = journal_of(images, talk.rows)
-        talk.snapshots.append(Snapshot(_digest(turn["digest"]), state, int(turn["num_tokens"]), journal))
+        talk.snapshots.append(Snapshot(_digests(turn), state, int(turn["num_tokens"]), journal))
     return talk
 
 

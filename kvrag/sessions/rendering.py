@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from kvrag.errors import InputError
-from kvrag.messages import Message, Tool, flat, from_user, normalized
+from kvrag.messages import Message, Tool, from_user, normalized
 from kvrag.prompt import INSTRUCTION
 from kvrag.sessions.pinned import Opening
 from kvrag.text import Text
@@ -107,10 +107,17 @@ class Rendering:
                 before = self._render(talk[:number], tools)
             if not before or not whole.startswith(before):
                 continue
-            said = flat(talk[number].get("content"))
-            ends, said = [len(before)], f"{self._answers_lead()}{said}" if said else ""
-            if said and whole.startswith(said, len(before)):
-                ends.append(len(before) + len(said))
+            said = str(talk[number]["content"])
+            ends = [len(before)]
+            lead = self._answers_lead()
+            for form in (
+                f"{lead}{said}" if said else "",
+                said,
+                said.strip(),
+            ):  # many templates leave out white space around it
+                if form and whole.startswith(form, len(before)):
+                    ends.append(len(before) + len(form))
+                    break
             found += [end for end in ends if start < end < len(whole)]
             if len(before) <= start:
                 break

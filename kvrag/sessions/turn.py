@@ -18,6 +18,7 @@ from kvrag.model import Model
 from kvrag.plan import Literal, PromptPlan
 from kvrag.prefill import Read, Work
 from kvrag.segments import SegmentTable
+from kvrag.sessions.digest import TextDigest
 from kvrag.sessions.talk import Talk
 from kvrag.worker import Ask
 from kvrag.written import Written
@@ -31,6 +32,7 @@ class Asked:
         new: text that nobody has read yet.
         borders: places in it at which it is cut before it becomes tokens and strides, ascending.
         go_back: turns that are taken back first.
+        before: the text that it stands behind, in the form in which it came; None: as the talk has it.
         anew: the conversation is a new one.
         first: the text begins with what the tokenizer puts in front of one (BOS).
         said: what the user said last, as an archive is to be searched for it.
@@ -39,6 +41,7 @@ class Asked:
     new: str
     borders: tuple[int, ...] = ()
     go_back: int = 0
+    before: TextDigest | None = None
     anew: bool = False
     first: bool = False
     said: str = ""
@@ -67,6 +70,10 @@ class Recalls(Protocol):
 
     def settle(self, talk: Talk) -> None:
         """A turn is complete, or was taken back: tokens behind `talk.state.seen` are none of the talk's."""
+        ...
+
+    def delete(self) -> None:
+        """The session was deleted: forget all of it."""
         ...
 
 
@@ -151,7 +158,7 @@ def _turn(
     reading.insert()
     if recalls is not None:
         recalls.looked(reading.extra_mass)
-    talk.commit(asked.new + written.text)
+    talk.commit(asked.before, asked.new, written.text)
     if recalls is not None:
         recalls.settle(talk)
     return _answer(model, talk, asked, pieces, sampling, written, step, laps, extra)

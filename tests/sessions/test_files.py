@@ -25,7 +25,7 @@ from kvrag.sessions import file
 from kvrag.testing.models import tiny
 from kvrag.testing.rings import Ring
 
-POLICIES = [Full(), Window(48), Cascade(52), Ladder(48, span=2), LadderCascade(52)]
+POLICIES: list[MemoryPolicy] = [Full(), Window(48), Cascade(52), Ladder(48, span=2), LadderCascade(52)]
 SHORT = Sampling(max_new_tokens=6)
 SAID = ["Where is the ferry?", "And in winter?", "Who keeps the lighthouse of Varn?", "Since when?"]
 CALLS = ("open", "replace", "unlink", "fsync", "mkdir", "write", "writev")
@@ -63,7 +63,7 @@ with Engine(tiny(), pass_tokens=16) as engine:
 
 
 def test_a_session_goes_on_in_another_process_with_the_same_bits(engine: Engine, tmp_path: Path) -> None:
-    expected = []
+    expected: list[str] = []
     for policy in POLICIES:
         session = talked(engine, policy)
         session.save(tmp_path / f"{policy.name}.session")
@@ -155,14 +155,7 @@ def saving(engine: Engine, session: Session, path: Path) -> Callable[[], None]:
     """What `Session.save` does, on this thread: a forked process has no other."""
     assert session._talk is not None
     talk = session._talk
-    about = {
-        "name": None,
-        "system": "Be brief.",
-        "documents": [],
-        "stride": 16,
-        "keeps_log": True,
-        "max_undo": 2,
-    }
+    about = {"name": None, **session.settings.told()}
     return lambda: file.save(path, talk, session.settings.policy, engine.model, about)
 
 
@@ -193,7 +186,9 @@ def test_killed_at_every_step_of_saving(engine: Engine, tmp_path: Path, policy: 
         loaded = engine.load_session(path)
         logits = loaded.logits("Why?")
         found.append("old" if torch.equal(logits, old) else "new" if torch.equal(logits, new) else "none")
-        assert len(loaded._talk.log) == loaded.num_tokens if loaded._talk and loaded._talk.log else False
+        assert loaded._talk is not None
+        assert loaded._talk.log is not None
+        assert len(loaded._talk.log) == loaded.num_tokens
         save()  # whatever was left does not stand in the way, and is gone
         assert torch.equal(engine.load_session(path).logits("Why?"), new)
         assert len(list(tmp_path.iterdir())) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from kvrag import Engine, Sampling, Session
 from kvrag.answer import MemoryUse
+from kvrag.constrain import regex
 from kvrag.errors import (
     ConfigError,
     ContextOverflow,
@@ -29,7 +31,7 @@ from kvrag.memory.window import Window
 from kvrag.model import Model
 from kvrag.testing.models import tiny
 
-POLICIES = [Full(), Window(48), Cascade(52), Ladder(48, span=2), LadderCascade(52)]
+POLICIES: list[MemoryPolicy] = [Full(), Window(48), Cascade(52), Ladder(48, span=2), LadderCascade(52)]
 SHORT = Sampling(max_new_tokens=6)
 SAID = ["Where is the ferry?", "And in winter?", "Who keeps the lighthouse of Varn?", "Since when?"]
 
@@ -264,6 +266,24 @@ def test_forgotten_says_what_is_lost(engine: Engine) -> None:
     silent = talked(engine, Window(24), 1, keeps_log=False)
     with pytest.raises(InputError, match="keeps_log=False"):
         silent.forgotten()
+
+
+def test_white_space_around_an_answer_may_get_lost(engine: Engine) -> None:
+    """As in templates that trim what was said: the answer is not read again."""
+    tokenizer = copy.deepcopy(engine.model.text.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].strip()")
+    with Engine(Model(engine.model.network, tokenizer), pass_tokens=16) as trimming:
+        session, history = trimming.session(Full()), [{"role": "user", "content": SAID[0]}]
+        sampling = Sampling(max_new_tokens=4, stop=(), seed=1, constraint=regex(" {2}[ab]{3} {3}"))
+        answer = session.reply_to(history, sampling=sampling)
+        assert answer.text.strip() != answer.text
+        history += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": SAID[1]}]
+        use = memory(session.reply_to(history, sampling=SHORT))
+        assert (use.went_back, use.anew) == (0, False)
+        text = trimming.render(history)
+        assert use.read == trimming.count_tokens(text.rpartition(answer.text.strip())[2])
+        history += [{"role": "assistant", "content": "Oh."}, {"role": "user", "content": SAID[2]}]
+        assert memory(session.reply_to(history, sampling=SHORT)).went_back == 1
 
 
 def test_without_a_template_text_goes_on(engine: Engine) -> None:
