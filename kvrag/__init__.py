@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvrag.answer import Answer as Answer
     from kvrag.answer import DocumentUse as DocumentUse
+    from kvrag.answer import MemoryUse as MemoryUse
     from kvrag.answer import Piece as Piece
     from kvrag.answer import Timing as Timing
     from kvrag.answer import TokenLogprob as TokenLogprob
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from kvrag.errors import InputError as InputError
     from kvrag.errors import KVRagError as KVRagError
     from kvrag.errors import MissingExtra as MissingExtra
+    from kvrag.errors import SessionDamaged as SessionDamaged
+    from kvrag.errors import SessionError as SessionError
     from kvrag.errors import StoreError as StoreError
     from kvrag.errors import StoreWriteError as StoreWriteError
     from kvrag.errors import UnsupportedModel as UnsupportedModel
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from kvrag.plan import PromptPlan as PromptPlan
     from kvrag.prompt import RagPrompt as RagPrompt
     from kvrag.rag import ask as ask
+    from kvrag.sessions.many import Sessions as Sessions
+    from kvrag.sessions.session import Session as Session
     from kvrag.store.base import KVStore as KVStore
     from kvrag.store.disk import DiskStore as DiskStore
     from kvrag.store.memory import MemoryStore as MemoryStore
@@ -83,6 +88,7 @@ __all__ = [
     "KVStore",
     "KnownTexts",
     "MemoryStore",
+    "MemoryUse",
     "MissingExtra",
     "Model",
     "Piece",
@@ -90,6 +96,10 @@ __all__ = [
     "PromptPlan",
     "RagPrompt",
     "Sampling",
+    "Session",
+    "SessionDamaged",
+    "SessionError",
+    "Sessions",
     "StoreError",
     "StoreWriteError",
     "Tenant",
@@ -101,13 +111,13 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "answer": "Answer DocumentUse Piece Timing TokenLogprob Usage",
+    "answer": "Answer DocumentUse MemoryUse Piece Timing TokenLogprob Usage",
     "config": "Context Sampling",
     "corpus": "Corpus",
     "engine": "Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
         DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
-        MissingExtra StoreError StoreWriteError UnsupportedModel""",
+        MissingExtra SessionDamaged SessionError StoreError StoreWriteError UnsupportedModel""",
     "focus.policy": "Policy",
     "index": "Index",
     "known": "KnownTexts",
@@ -116,6 +126,8 @@ _ROOMS = {
     "plan": "PromptPlan",
     "prompt": "RagPrompt",
     "rag": "ask",
+    "sessions.many": "Sessions",
+    "sessions.session": "Session",
     "store.base": "KVStore",
     "store.disk": "DiskStore",
     "store.memory": "MemoryStore",

@@ -108,6 +108,36 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a session's turn read, and what its memory holds behind it; in tokens.
+
+    Attributes:
+        pinned: of system prompt and documents; always there.
+        read: of the conversation, read in this turn, the answer's own not counted.
+        said: of the conversation so far, this answer included.
+        remembered: of those, how many at least one layer and head still holds.
+        share: of the conversation, which share an average layer and head holds.
+        recalled: of spans that came back from an archive for this turn.
+        went_back: turns that were taken back because the history is another one.
+        anew: the whole conversation was read, because none of what was known began like it.
+    """
+
+    pinned: int
+    read: int
+    said: int
+    remembered: int
+    share: float
+    recalled: int = 0
+    went_back: int = 0
+    anew: bool = False
+
+    @property
+    def forgotten(self) -> int:
+        """Tokens of the conversation that no layer and head holds any more."""
+        return self.said - self.remembered
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds that the steps of one answer took, those included in which others had their turns.
 
@@ -143,6 +173,7 @@ class Answer:
         in_full: the documents were read in full because the risk was above the policy's limit.
         logprobs: for each of the tokens; None unless `Sampling.logprobs` asks for them.
         trace: where the documents' rows came from, and why from there.
+        memory: of a session's answer, what its memory holds.
     """
 
     text: str
@@ -157,3 +188,4 @@ class Answer:
     in_full: bool = False
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)
+    memory: MemoryUse | None = None

@@ -25,17 +25,17 @@ from kvrag_kernels import (
 )
 
 
-class _Layout:
+class Layout:
     """Who sees what for one kind of layer and one set of segments; the same for all such layers of a pass."""
 
     def __init__(
         self, spec: LayerSpec, segments: Sequence[Segment], positions: torch.Tensor, fresh: Sequence[int]
     ) -> None:
-        targets = torch.tensor([*(s.target for s in segments), 0], device=positions.device)
+        shifts = torch.tensor([*(s.shift for s in segments), 0], device=positions.device)
         self.turn: Turn | None = None
         if spec.rotation is not None:
             # Fresh keys lie at absolute positions: their turn is the position itself.
-            self.turn = spec.rotation.turn(positions[None] - targets[:, None])
+            self.turn = spec.rotation.turn(positions[None] - shifts[:, None])
         self.own_turn = _last(self.turn)
         self.spans = [_span(s, spec.window, positions) for s in segments]
         self.grouped = [s.document is not None for s in segments]
@@ -60,10 +60,10 @@ class _Layout:
 
 def _last(turn: Turn | None) -> Turn | None:
     """The turn for the last segment alone."""
-    return turn and _turn_of(turn, len(turn.cos) - 1)
+    return turn and turn_of(turn, len(turn.cos) - 1)
 
 
-def _turn_of(turn: Turn, i: int) -> Turn:
+def turn_of(turn: Turn, i: int) -> Turn:
     """The turn for one segment."""
     return Turn(turn.cos[i : i + 1], turn.sin[i : i + 1], turn.start, turn.interleaved)
 
@@ -154,6 +154,21 @@ class Fixed:
         """Nothing depends on it."""
 
 
+class Watches(Protocol):
+    """Looks on while tokens are read."""
+
+    def note(self, layer: int, row: int, call: AttentionCall, mass: torch.Tensor) -> None:
+        """Take what a layer did.
+
+        Args:
+            layer: number of the layer.
+            row: fresh row of the first token of this pass; noted before from it on: of a pass that failed.
+            call: queries and keys, not rotated, and values.
+            mass: [S, B, H, T], float32: of each segment that the layer read, and last of the fresh rows.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Looking:
     """How documents are attended to, beside where they stand.
@@ -162,11 +177,13 @@ class Looking:
         group: temperature and scale of the attention to all documents together (APE); None for none.
         column_layers: layers for which the attention to every single row is wanted.
         from_row: first fresh row that counts for it.
+        watch: is told every layer's attention.
     """
 
     group: Group | None = None
     column_layers: frozenset[int] = frozenset()
     from_row: int = 0
+    watch: Watches | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +253,7 @@ class TableReading:
         self.positions = torch.tensor(list(positions), dtype=torch.long, device=device)
         self.mass: list[torch.Tensor] = []
         self.focus: list[torch.Tensor] = []
-        self._layouts: dict[tuple[LayerSpec, tuple[tuple[int, int], ...]], _Layout] = {}
+        self._layouts: dict[tuple[LayerSpec, tuple[tuple[int, int, int], ...]], Layout] = {}
         self._next: tuple[int, SegmentTable] | None = None
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
@@ -291,6 +308,8 @@ class TableReading:
             group=self.looking.group,
         )
         mass = attended.mass
+        if self.looking.watch is not None:
+            self.looking.watch.note(layer, len(self.fresh.positions), call, mass)
         own = _Part(call, rows[-1], layout.own_turn, attended.mass[-1], scale)
         standing = {i: span for place, i in enumerate(read) if (span := self._standing(table.segments[i]))}
         if standing and self.looking.from_row < call.query.shape[2]:
@@ -301,7 +320,7 @@ class TableReading:
             self._note(layer, mass[:-1, 0], read, len(table))
         if layer in self.looking.column_layers:
             parts = [
-                _Part(call, rows[place], layout.turn and _turn_of(layout.turn, place), own_mass, scale)
+                _Part(call, rows[place], layout.turn and turn_of(layout.turn, place), own_mass, scale)
                 for place, own_mass in enumerate(attended.mass[:-1])
             ]
             self.columns[layer] = self._columns(table, read, parts, own, standing)
@@ -341,11 +360,11 @@ class TableReading:
                 found[i][list(segment.hidden)] = fresh[start:end]
         return found
 
-    def _layout(self, spec: LayerSpec, table: SegmentTable, read: tuple[int, ...]) -> _Layout:
+    def _layout(self, spec: LayerSpec, table: SegmentTable, read: tuple[int, ...]) -> Layout:
         segments = [table.segments[i] for i in read]
-        key = (spec, tuple((i, s.target) for i, s in zip(read, segments, strict=True)))
+        key = (spec, tuple((i, s.target, s.native) for i, s in zip(read, segments, strict=True)))
         if key not in self._layouts:
-            self._layouts[key] = _Layout(spec, segments, self.positions, self.fresh.positions)
+            self._layouts[key] = Layout(spec, segments, self.positions, self.fresh.positions)
         return self._layouts[key]
 
     def mask(self, predicate: Any) -> Any:

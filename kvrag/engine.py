@@ -23,6 +23,7 @@ from kvrag.errors import (
 from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
+from kvrag.memory.base import MemoryPolicy
 from kvrag.messages import Message, Tool
 from kvrag.metrics import Snapshot
 from kvrag.model import READER, Model
@@ -30,6 +31,10 @@ from kvrag.passes import Passes
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
+from kvrag.sessions.many import Sessions
+from kvrag.sessions.session import Session, Settings, loaded_session
+from kvrag.sessions.talk import check_room
+from kvrag.sessions.turn import Recalls
 from kvrag.store.base import KVStore
 from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
@@ -260,6 +265,107 @@ class Engine:
         )
         work = partial(answer, self._caches, request, stride=self.pass_tokens)
         return AnswerStream(self._worker.submit(work, in_line=True))
+
+    def session(
+        self,
+        memory: MemoryPolicy,
+        *,
+        name: str | None = None,
+        system: str | None = None,
+        documents: Sequence[str] = (),
+        stride: int | None = None,
+        keeps_log: bool = True,
+        max_undo: int = 2,
+        recalls: Recalls | None = None,
+    ) -> Session:
+        """A conversation with a memory of its own.
+
+        Args:
+            memory: what of the conversation stays in memory.
+            name: its id.
+            system: its system prompt; None: what a history brings.
+            documents: texts that it begins with, behind the system prompt; always in memory, and loaded from
+                the store where it has them.
+            stride: most tokens that are read before they are inserted into the memory; None: `pass_tokens`.
+            keeps_log: keep the tokens, 4 bytes each, to say what was forgotten.
+            max_undo: turns that can be taken back, each of which may keep as much as the memory itself.
+            recalls: brings back what the memory has lost.
+
+        Raises:
+            ConfigError: the memory needs more positions than the model has.
+        """
+        settings = Settings(
+            memory,
+            system,
+            tuple(documents),
+            self.pass_tokens if stride is None else stride,
+            keeps_log,
+            max_undo,
+        )
+        check_room(self.model, memory, 0)
+        return Session(self._caches, self._worker, settings, name=name, recalls=recalls)
+
+    def sessions(
+        self,
+        folder: str | Path,
+        memory: MemoryPolicy,
+        *,
+        budget_bytes: int | None = None,
+        system: str | None = None,
+        documents: Sequence[str] = (),
+        stride: int | None = None,
+        keeps_log: bool = True,
+        max_undo: int = 2,
+        recalls: Callable[[str], Recalls] | None = None,
+    ) -> Sessions:
+        """Many conversations by id, of which those used least recently wait in a folder.
+
+        Args:
+            folder: for what does not fit into memory, and for `Sessions.close`.
+            memory: see `session`, also for the rest.
+            budget_bytes: what all of them may keep in memory between turns; None: no limit.
+            system: system prompt of each.
+            documents: that each begins with.
+            stride: most tokens that are read before they are inserted.
+            keeps_log: keep the tokens.
+            max_undo: turns that can be taken back.
+            recalls: for an id, what brings back what its memory has lost.
+
+        Raises:
+            SessionError: another process has the folder.
+            ConfigError: the memory needs more positions than the model has.
+        """
+
+        def make(name: str) -> Session:
+            return self.session(
+                memory,
+                name=name,
+                system=system,
+                documents=documents,
+                stride=stride,
+                keeps_log=keeps_log,
+                max_undo=max_undo,
+                recalls=None if recalls is None else recalls(name),
+            )
+
+        check_room(self.model, memory, 0)
+        return Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+
+    def load_session(
+        self, path: str | Path, memory: MemoryPolicy, *, recalls: Recalls | None = None
+    ) -> Session:
+        """A session as `Session.save` wrote it; its next token's logits are the same bits.
+
+        Args:
+            path: of the file.
+            memory: as it was made with.
+            recalls: see `session`.
+
+        Raises:
+            SessionDamaged: there is no such file, or it is not whole.
+            ConfigError: it was made with another model or memory.
+        """
+        return loaded_session(self._caches, self._worker, Path(path), memory, recalls=recalls)
 
     def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[AnswerStream]:
         """Answer several prompts together: for each, what `stream` gives.

@@ -14,6 +14,8 @@
     * CorpusLocked                      another process is writing to this corpus
     * DuplicateDocument (ValueError)    an id that already exists, or twice in one call
     * DocumentNotFound (KeyError)       an id that does not exist
+  * SessionError                        a conversation that cannot go on: deleted, or of another model
+    * SessionDamaged                    a file that is not, or not wholly, a saved session
   * GenerationCancelled                 the caller stopped the answer
   * EngineClosed (RuntimeError)         the engine was shut down
   * MissingExtra (ImportError)          an optional dependency is not installed; the message names the extra
@@ -84,6 +86,14 @@ class DocumentNotFound(CorpusError, KeyError):
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0]) if self.args else ""
+
+
+class SessionError(KVRagError):
+    """A conversation that cannot go on: it was deleted, or saved with another model."""
+
+
+class SessionDamaged(SessionError):
+    """A file that is not, or not wholly, a saved session."""
 
 
 class GenerationCancelled(KVRagError):

@@ -58,20 +58,26 @@ class FreshRows:
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def cut(self, num_rows: int) -> None:
-        """Forget what a pass that failed added to some layers behind the first `num_rows`."""
+        """Keep the first `num_rows` only; also of what a pass that failed added to some layers."""
         self._counts = [min(count, num_rows) for count in self._counts]
+        del self.positions[num_rows:]
 
     @property
     def num_rows(self) -> int:
         """Rows of the first layer."""
         return self._counts[0]
 
-    def values(self, layer: int) -> torch.Tensor:
-        """[K, n, Dv]: the values of one layer's rows, a view."""
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, K, n, D] and [1, K, n, Dv]: one layer's rows, views."""
         buffers = self._buffers[layer]
         if buffers is None:
             raise ValueError(f"nothing was read in layer {layer}")
-        return buffers[1][0, :, : self._counts[layer]]
+        num = self._counts[layer]
+        return buffers[0][:, :, :num], buffers[1][:, :, :num]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[K, n, Dv]: the values of one layer's rows, a view."""
+        return self.rows(layer)[1][0]
 
     def behind(self, table: SegmentTable, specs: Sequence[LayerSpec]) -> FreshRows:
         """These rows behind a copy of the table's, all in one run per layer, keys turned to their places.
@@ -136,4 +142,4 @@ def _turns(spec: LayerSpec, table: SegmentTable) -> list[Turn | None]:
     """How each segment's keys are turned from where they lie to where they appear: one angle for all rows."""
     if spec.rotation is None:
         return [None] * len(table)
-    return [spec.rotation.turn(torch.tensor([s.target], device=s.kv.device)) for s in table]
+    return [spec.rotation.turn(torch.tensor([s.shift], device=s.kv.device)) for s in table]

@@ -18,6 +18,8 @@ from transformers.utils import logging as logging_of_transformers
 from kvrag import backbone
 from kvrag.errors import ConfigError, UnsupportedModel
 from kvrag.probe import probe
+from kvrag.shapes import Recorder
+from kvrag.store.codec import Shape
 from kvrag.store.key import Fingerprint, tagged_digest, token_bytes
 from kvrag.store.tenants import Tenant
 from kvrag.text import Text
@@ -173,6 +175,14 @@ class Model:
             rotations=tuple(spec.rotation for spec in self.specs),
             tenant_key=key,
         )
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(K, D, Dv) of every layer, noted while a token passes through."""
+        recorder = Recorder()
+        with torch.inference_mode():
+            self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device), recorder)
+        return tuple(shape for _, shape in sorted(recorder.layers.items()))
 
     @cached_property
     def _weights_digest(self) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Protocol
 
-from kvrag.answer import Answer, DocumentUse, Piece, Timing, Usage
+from kvrag.answer import Answer, DocumentUse, Piece, Usage
 from kvrag.attention import Looking
 from kvrag.caches import Caches, Loaded
 from kvrag.choosing import Tokens
@@ -23,6 +22,7 @@ from kvrag.focus.pruning import Pruning
 from kvrag.focus.together import groups_of, scores_of
 from kvrag.found import hits_by_tier, rows_of, without_lost_pieces
 from kvrag.known import KnownTexts
+from kvrag.laps import Laps
 from kvrag.looking import Look, looking
 from kvrag.model import Model
 from kvrag.plan import Cached, PromptPlan, plan
@@ -98,7 +98,7 @@ def _answer(caches: Caches, request: Request, stride: int) -> Generator[Piece | 
         InputError: the prompt is empty, or the tokenizer makes nothing of it.
         ContextOverflow: the prompt leaves no room for an answer.
     """
-    clock = _Clock()
+    clock = Laps()
     model, policy = caches.model, request.policy
     planned = without_lost_pieces(caches, _plan(model, request), partial(_key, caches, request))
     _check(model, planned, policy)
@@ -150,7 +150,7 @@ def _answer(caches: Caches, request: Request, stride: int) -> Generator[Piece | 
 
 
 def _look(
-    caches: Caches, request: Request, planned: PromptPlan, clock: _Clock, stride: int
+    caches: Caches, request: Request, planned: PromptPlan, clock: Laps, stride: int
 ) -> Work[tuple[list[Loaded], Look]]:
     """Load the documents and read the question.
 
@@ -367,26 +367,3 @@ def _usage(planned: PromptPlan, loaded: Sequence[Loaded], looked: Look, num_new:
         read_bytes=sum(kv.num_bytes_touched for kv in ready),
         cached_by_tier=hits_by_tier(planned, loaded),
     )
-
-
-class _Clock:
-    """Laps of one answer."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = now - self._last
-        self._last = now
-
-    def timing(self) -> Timing:
-        laps = self._laps
-        return Timing(
-            plan=laps["plan"],
-            load=laps["load"],
-            prefill=laps["prefill"],
-            first_token=sum(laps.values()),
-            decode=time.perf_counter() - self._last,
-        )

@@ -145,10 +145,10 @@ class KV:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A text's KV at its place in a prompt.
+    """A run of rows at its place in a prompt: a text's, or those of neighbouring slots of a memory.
 
-    The keys lie rotated at local positions 0..n-1 and are to appear at `target`..`target + n - 1`;
-    attention turns the query by `-target` instead of touching the keys.
+    The keys lie rotated at `native`..`native + n - 1` and are to appear at `target`..`target + n - 1`;
+    attention turns the query by `native - target` instead of touching the keys.
 
     Attributes:
         kv: the rows, not copied.
@@ -159,6 +159,7 @@ class Segment:
         hidden: rows of the segment that nobody sees, ascending: fresh rows stand for them.
         standing: how many fresh rows from `first_row` on are those that stand for the last hidden rows; each
             sees the rows before its own place only.
+        native: position at which the first row's key lies rotated; 0 for a text on its own.
     """
 
     kv: KV
@@ -168,6 +169,12 @@ class Segment:
     until_layer: int | None = None
     hidden: tuple[int, ...] = ()
     standing: int = 0
+    native: int = 0
+
+    @property
+    def shift(self) -> int:
+        """How far the keys appear from where they were rotated."""
+        return self.target - self.native
 
     @property
     def end(self) -> int:

@@ -37,21 +37,23 @@ class ModelShape:
 
 
 @dataclass
-class _Recorder:
+class Recorder:
     """A reading that notes shapes, and computes nothing."""
 
     layers: dict[int, Shape] = field(default_factory=dict)
 
     def attend(self, layer: int, call: backbone.AttentionCall) -> torch.Tensor:
+        """Nothing of the right shape."""
         batch, heads, rows, _ = call.query.shape
         self.layers[layer] = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
         return call.value.new_empty(batch, heads, rows, call.value.shape[3])
 
     def mask(self, predicate: Any) -> Any:
+        """None."""
         return None
 
     def take_mask(self, layer: int, mask: Any) -> None:
-        pass
+        """Take any."""
 
 
 def shape_of(source: str, *, revision: str | None = None) -> ModelShape:
@@ -93,7 +95,7 @@ def of_network(network: PreTrainedModel, config: Any) -> ModelShape:
 
 def _passed(network: PreTrainedModel) -> tuple[Shape, ...]:
     """What the layers hand to their attention; empty if a pass in name only is not possible."""
-    recorder = _Recorder()
+    recorder = Recorder()
     try:
         backbone.adopt(network)
         with torch.device("meta"), torch.no_grad():

@@ -272,6 +272,11 @@ class Decoding:
         """How many tokens, from the first on, have all their text handed out."""
         return bisect_right(self._ends, self._given)
 
+    @property
+    def certain(self) -> tuple[int, int]:
+        """`num_told`, and how many characters of `text` these tokens make."""
+        return self.num_told, self._ends[self.num_told - 1] if self.num_told else 0
+
     def _release(self, *, final: bool) -> str:
         if self.stopped:
             return ""

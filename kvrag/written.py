@@ -33,6 +33,11 @@ class Written:
         """A stop string was found."""
         return self._decoding.stopped
 
+    @property
+    def certain(self) -> tuple[int, int]:
+        """How many tokens, from the first on, are all text of the answer, and how many characters of it."""
+        return self._decoding.certain
+
     def add(self, token: int, ranked: Sequence[tuple[int, float]] = ()) -> Piece | None:
         """Take the next token.
 

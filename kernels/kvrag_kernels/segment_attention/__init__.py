@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels.segment_attention import cpu
-from kvrag_kernels.segment_attention.columns import column_mass, part_mass
+from kvrag_kernels.segment_attention.columns import column_mass, column_scores, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.parted import parted_attention
-from kvrag_kernels.segment_attention.reference import segment_attention_reference
+from kvrag_kernels.segment_attention.reference import column_scores_reference, segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
 from kvrag_kernels.segment_attention.types import Attended, Group, RowMask, Rows, Turn
 
@@ -25,6 +25,8 @@ __all__ = [
     "Rows",
     "Turn",
     "column_mass",
+    "column_scores",
+    "column_scores_reference",
     "part_mass",
     "parted_attention",
     "segment_attention",

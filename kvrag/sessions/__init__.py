@@ -1,0 +1,1 @@
+"""Conversations with a bounded memory: turns, histories, snapshots, files, many of them."""

@@ -1,0 +1,325 @@
+"""A saved conversation: one safetensors file that is whole or not there. Specified in docs/sessions.md."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from kvrag.errors import ConfigError, SessionDamaged
+from kvrag.memory.base import MemoryPolicy
+from kvrag.memory.rows import images_of, journal_of
+from kvrag.model import Model
+from kvrag.segments import KV, LayerKV, Segment, SegmentTable
+from kvrag.sessions.digest import TextDigest
+from kvrag.sessions.pinned import Opening, Pinned
+from kvrag.sessions.talk import Snapshot, Talk
+from kvrag.store.files import PARTIAL, commit, make_folder, remove, write_error, write_partial
+
+FORMAT, VERSION = "kvrag session", 1
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_SEAL = 16
+_MAX_HEADER = 64 << 20
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapping[str, Any]) -> None:
+    """Write a conversation; a crash at any point leaves the file that was there before, or this one.
+
+    Args:
+        path: of the file; what belongs to no file any more is removed beside it.
+        talk: between two turns.
+        policy: of its memory.
+        model: that read it.
+        about: what else its owner wants to know again; JSON.
+
+    Raises:
+        StoreWriteError: disk full, read-only, no permission; the old file is still there.
+    """
+    tensors, manifest = (
+        _tensors(talk),
+        {
+            "model": _identity(model),
+            "policy": {"name": policy.name, "fields": _fields(policy)},
+            "about": dict(about),
+            **_described(talk),
+        },
+    )
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    try:
+        make_folder(path.parent)
+        write_partial(partial, _encoded(tensors, manifest))
+        commit(partial, path)
+    except OSError as error:
+        remove(partial)
+        raise write_error(error, path) from error
+    for left in path.parent.glob(f"{_escaped(path.name)}.????????????{PARTIAL}"):
+        remove(left)  # of a process that was killed
+
+
+def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and manifest of a file, every byte of it proven.
+
+    Raises:
+        SessionDamaged: it is no such file, or not whole.
+    """
+    try:
+        raw = bytearray(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SessionDamaged(f"there is no session at {path}") from error
+    except OSError as error:
+        raise SessionDamaged(f"the session at {path} cannot be read: {error.strerror or error}") from error
+    try:
+        return _decoded(raw)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SessionDamaged(
+            f"{path} is not a session, or is damaged: {error}. Begin a new one; what was said is read again"
+        ) from error
+
+
+def name_of(path: Path) -> str | None:
+    """The id of the session in a file, which is not proven; None if it has none.
+
+    Raises:
+        SessionDamaged: it cannot be read at all.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(size, _MAX_HEADER)))
+        name = json.loads(header["__metadata__"]["manifest"])["about"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SessionDamaged(f"{path} is not a session, or is damaged: {error}") from error
+    return None if name is None else str(name)
+
+
+def load(
+    tensors: Tensors, manifest: Mapping[str, Any], model: Model, policy: MemoryPolicy, *, max_undo: int
+) -> Talk:
+    """The conversation that a file holds.
+
+    Raises:
+        ConfigError: it was read by another model, or remembered by another policy.
+        SessionDamaged: what it holds does not fit together.
+    """
+    check_model(manifest, model)
+    kept = manifest["policy"]
+    if kept != {"name": policy.name, "fields": _fields(policy)}:
+        raise ConfigError(
+            f"the session has the memory {kept}, not {policy}; open it with what it was made with"
+        )
+    try:
+        return _loaded(tensors, manifest, model, policy, max_undo)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise SessionDamaged(f"the session does not fit together: {error}") from error
+
+
+def check_model(manifest: Mapping[str, Any], model: Model) -> None:
+    """Refuse rows of another model.
+
+    Raises:
+        ConfigError: says what is different.
+    """
+    mine, theirs = _identity(model), manifest["model"]
+    wrong = [name for name, value in mine.items() if theirs.get(name) != value]
+    if wrong:
+        seen = ", ".join(f"{name} {theirs.get(name)!r}, not {mine[name]!r}" for name in wrong)
+        raise ConfigError(f"the session was saved with another model ({seen}); open it with that one")
+
+
+def _identity(model: Model) -> dict[str, str]:
+    known = model.fingerprint()
+    return {name: str(getattr(known, name)) for name in ("model", "tokenizer", "rope", "dtype")}
+
+
+def _fields(policy: MemoryPolicy) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(asdict(policy), default=str))  # type: ignore[call-overload]
+    return found
+
+
+def _tensors(talk: Talk) -> Tensors:
+    found = {f"rows.{name}": tensor for name, tensor in talk.rows.tensors().items()}
+    found |= {f"state.{name}": tensor for name, tensor in talk.state.state().items()}
+    for i, segment in enumerate(talk.pinned.table):
+        for layer, kv in enumerate(segment.kv.layers):
+            found[f"pinned.{i}.{layer:03d}.keys"] = kv.keys
+            found[f"pinned.{i}.{layer:03d}.values"] = kv.values
+    for i, snapshot in enumerate(talk.snapshots):
+        found |= {f"turn.{i}.state.{name}": tensor for name, tensor in snapshot.state.items()}
+        for j, image in enumerate(images_of(snapshot.journal)):
+            found |= {f"turn.{i}.image.{j}.{k:04d}": tensor for k, tensor in enumerate(image)}
+    if talk.log is not None:
+        found["log"] = torch.tensor(talk.log, dtype=torch.int32)
+    return found
+
+
+def _described(talk: Talk) -> dict[str, Any]:
+    pinned = talk.pinned
+    return {
+        "digest": _told(talk.digest),
+        "num_turns": talk.num_turns,
+        "num_tokens": talk.state.seen,
+        "keeps_log": talk.log is not None,
+        "opening": asdict(pinned.opening),
+        "is_hit": list(pinned.is_hit),
+        "pinned": [
+            {"tokens": list(s.kv.tokens), "target": s.target, "native": s.native, "document": s.document}
+            for s in pinned.table
+        ],
+        "turns": [
+            {
+                "digest": _told(snapshot.digest),
+                "num_tokens": snapshot.num_tokens,
+                "num_images": len(snapshot.journal.images),
+            }
+            for snapshot in talk.snapshots
+        ],
+    }
+
+
+def _told(digest: TextDigest) -> dict[str, Any]:
+    return {"length": digest.length, "chain": digest.chain.hex(), "tail": digest.tail}
+
+
+def _digest(told: Mapping[str, Any]) -> TextDigest:
+    return TextDigest(int(told["length"]), bytes.fromhex(told["chain"]), str(told["tail"]))
+
+
+def _loaded(
+    tensors: Tensors, manifest: Mapping[str, Any], model: Model, policy: MemoryPolicy, max_undo: int
+) -> Talk:
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    table = SegmentTable(
+        tuple(_segment(tensors, i, told, model.num_layers) for i, told in enumerate(manifest["pinned"]))
+    )
+    told = manifest["opening"]
+    opening = Opening(told["text"], tuple(told["documents"]), told["prefix"], told["is_rendered"])
+    pinned = Pinned(opening, table, tuple(manifest["is_hit"]))
+    talk = Talk(model, policy, pinned, keeps_log=bool(manifest["keeps_log"]), max_undo=max_undo)
+    talk.state.restore(_under(tensors, "state."))
+    talk.rows.load(_under(tensors, "rows."))
+    talk.digest, talk.num_turns = _digest(manifest["digest"]), int(manifest["num_turns"])
+    if talk.log is not None:
+        talk.log = array("i", tensors["log"].tolist())
+    for i, turn in enumerate(manifest["turns"]):
+        images = [
+            [tensor for _, tensor in sorted(_under(tensors, f"turn.{i}.image.{j}.").items())]
+            for j in range(turn["num_images"])
+        ]
+        state = _under(tensors, f"turn.{i}.state.")
+        journal = journal_of(images, talk.rows)
+        talk.snapshots.append(Snapshot(_digest(turn["digest"]), state, int(turn["num_tokens"]), journal))
+    return talk
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _segment(tensors: Tensors, i: int, told: Mapping[str, Any], num_layers: int) -> Segment:
+    layers = tuple(
+        LayerKV(tensors[f"pinned.{i}.{layer:03d}.keys"], tensors[f"pinned.{i}.{layer:03d}.values"])
+        for layer in range(num_layers)
+    )
+    kv = KV(tuple(told["tokens"]), layers)
+    return Segment(kv, int(told["target"]), document=told["document"], native=int(told["native"]))
+
+
+def _encoded(tensors: Tensors, manifest: Mapping[str, Any]) -> list[bytes | memoryview]:
+    """Header, tensors, and a checksum over both, which is the last tensor."""
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest)}
+    }
+    parts: list[bytes | memoryview] = []
+    at = 0
+    for name, tensor in tensors.items():
+        data = _bytes(tensor)
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + len(data)],
+        }
+        parts.append(data)
+        at += len(data)
+    header["seal"] = {"dtype": "U8", "shape": [_SEAL], "data_offsets": [at, at + _SEAL]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    whole: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *parts]
+    return [*whole, _checksum(whole)]
+
+
+def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
+    made = xxhash.xxh3_128()
+    for part in parts:
+        made.update(part)
+    return made.digest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data if flat.numel() else memoryview(b"")
+
+
+def _decoded(raw: bytearray) -> tuple[Tensors, dict[str, Any]]:
+    """What `_encoded` wrote.
+
+    Raises:
+        ValueError: it did not.
+    """
+    view = memoryview(raw)
+    if len(raw) < 8 + _SEAL:
+        raise ValueError(f"it has {len(raw)} bytes")
+    size = int.from_bytes(raw[:8], "little")
+    if size > min(_MAX_HEADER, len(raw) - 8 - _SEAL):
+        raise ValueError("its header is longer than the file")
+    if _checksum([view[:-_SEAL]]) != bytes(view[-_SEAL:]):
+        raise ValueError("its checksum is another one")
+    header = json.loads(bytes(view[8 : 8 + size]))
+    about = header.pop("__metadata__")
+    if about.get("format") != FORMAT or about.get("version") != str(VERSION):
+        raise ValueError(f"it is {about.get('format')!r} in version {about.get('version')!r}")
+    header.pop("seal")
+    data = view[8 + size : -_SEAL]
+    return {name: _tensor(data, told) for name, told in header.items()}, json.loads(about["manifest"])
+
+
+def _tensor(data: memoryview, told: Mapping[str, Any]) -> torch.Tensor:
+    start, end = told["data_offsets"]
+    dtype, shape = _DTYPES[told["dtype"]], [int(n) for n in told["shape"]]
+    num = 1
+    for n in shape:
+        num *= n
+    if not 0 <= start <= end <= len(data) or end - start != num * dtype.itemsize:
+        raise ValueError("a tensor lies outside the file")
+    if not num:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data[start:end]), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def delete(path: Path) -> bool:
+    """Remove a saved conversation; False if there was none."""
+    return remove(path)
+
+
+def _escaped(name: str) -> str:
+    """For a glob."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,238 @@
+"""One conversation's memory and what it is a memory of; turns that can be taken back."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvrag.errors import ConfigError, UnsupportedModel
+from kvrag.memory.base import MemoryPolicy, MemoryState
+from kvrag.memory.reading import Listener, MemoryReader, StrideRows
+from kvrag.memory.rows import Journal, MemoryRows
+from kvrag.model import Model
+from kvrag.segments import SegmentTable
+from kvrag.sessions.digest import TextDigest, longest
+from kvrag.sessions.pinned import Pinned
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A conversation as it was between two turns, and what brings it back.
+
+    Attributes:
+        digest: of its text.
+        state: of the policy.
+        num_tokens: of the conversation.
+        journal: what the turn behind it wrote over.
+    """
+
+    digest: TextDigest
+    state: dict[str, torch.Tensor]
+    num_tokens: int
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class _Undone:
+    """A turn that was taken back for another one, until that is complete."""
+
+    before: Snapshot
+    after: Snapshot
+    log: array[int]
+
+
+class Talk:
+    """A conversation between its turns; only the thread that owns the model may call it.
+
+    Attributes:
+        pinned: what stands in front.
+        digest: of the text behind that, read and answered.
+        state: which entry is where.
+        rows: the entries.
+        log: every token of the conversation, 4 bytes each; None if they are not kept.
+        snapshots: of the last turns, the oldest first.
+        num_turns: complete ones.
+    """
+
+    def __init__(
+        self, model: Model, policy: MemoryPolicy, pinned: Pinned, *, keeps_log: bool, max_undo: int
+    ) -> None:
+        """An empty one.
+
+        Args:
+            model: the decoder.
+            policy: what stays in memory.
+            pinned: what stands in front.
+            keeps_log: keep the tokens.
+            max_undo: turns that can be taken back.
+
+        Raises:
+            ConfigError: the memory, full, has more positions than the model.
+            UnsupportedModel: layers with different numbers of key heads.
+        """
+        heads = {shape[0] for shape in model.shapes}
+        if len(heads) != 1:
+            raise UnsupportedModel(
+                f"the layers of {model.name} have {sorted(heads)} key heads; a memory needs one number"
+            )
+        self._model, self._policy, self._max_undo = model, policy, max_undo
+        self.pinned = pinned
+        check_room(model, policy, pinned.num_tokens)
+        self.state: MemoryState = policy.start(
+            model.num_layers, heads.pop(), pinned=pinned.num_tokens, device=model.device
+        )
+        self.rows = MemoryRows(model.specs, model.shapes, dtype=model.dtype, device=model.device)
+        self.digest = TextDigest()
+        self.log: array[int] | None = array("i") if keeps_log else None
+        self.snapshots: list[Snapshot] = []
+        self.num_turns = 0
+        self._mark: Snapshot | None = None
+        self._undone: list[_Undone] = []
+
+    def reader(
+        self, stride: int, *, extra: SegmentTable | None = None, listeners: Sequence[Listener] = ()
+    ) -> MemoryReader:
+        """Reads on where the conversation ends."""
+        limit = stride
+        if self._policy.budget is not None:
+            taken = max(self.pinned.num_tokens, extra.end if extra else 0) + self._policy.budget
+            limit = max(1, min(stride, self._model.max_length - taken))
+        return MemoryReader(
+            self._model,
+            self.state,
+            self.rows,
+            pinned=self.pinned.table,
+            extra=extra,
+            stride=limit,
+            listeners=(self._note, *listeners),
+        )
+
+    def _note(self, stride: StrideRows) -> None:
+        if self.log is not None:
+            self.log.extend(stride.tokens)
+
+    @property
+    def budget(self) -> int | None:
+        """Most entries of the memory; None: no limit."""
+        return self._policy.budget
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows, and of what takes turns back."""
+        return self.rows.num_bytes + sum(snapshot.journal.num_bytes for snapshot in self.snapshots)
+
+    def known_beginning(self, text: str) -> tuple[int, int] | None:
+        """How many turns to take back, and how many characters of a text are known then; None: nothing fits.
+
+        Something of the text is always left to be read.
+        """
+        known = [*(snapshot.digest for snapshot in self.snapshots), self.digest]
+        shorter = [digest for digest in known if digest.length < len(text)]
+        number = longest(shorter, text)
+        return None if number is None else (len(known) - 1 - number, shorter[number].length)
+
+    def begin(self, go_back: int = 0) -> None:
+        """Begin a turn, behind taking back some; `commit` or `fail` ends it.
+
+        Args:
+            go_back: turns that are taken back.
+        """
+        self._undone = [self._undo() for _ in range(go_back)]
+        self._mark = self._snapshot(self.rows.begin())
+
+    def commit(self, text: str) -> None:
+        """The turn is complete, and its text part of the conversation."""
+        assert self._mark is not None
+        self.rows.end()
+        self.snapshots = [*self.snapshots, self._mark][-self._max_undo :] if self._max_undo else []
+        self.digest, self._mark, self._undone = self.digest.add(text), None, []
+        self.num_turns += 1
+
+    def again(self) -> None:
+        """Take back what the turn has done so far, and begin it once more."""
+        mark = self._mark
+        assert mark is not None
+        self._restore(mark)
+        self._mark = replace(mark, journal=self.rows.begin())
+
+    def fail(self) -> None:
+        """Everything is as it was before `begin`."""
+        if self._mark is None:
+            return
+        self._restore(self._mark)
+        self.rows.end()
+        for undone in reversed(self._undone):
+            self._restore(undone.after)
+            if self.log is not None:
+                self.log.extend(undone.log)
+            self.snapshots.append(undone.before)
+            self.num_turns += 1
+        self._mark, self._undone = None, []
+
+    def undo(self) -> None:
+        """Take back the last turn for good."""
+        self._undo()
+
+    def _undo(self) -> _Undone:
+        before = self.snapshots.pop()
+        now = self._snapshot(Journal())
+        log = array("i") if self.log is None else self.log[before.num_tokens :]
+        back = self._restore(before)
+        self.num_turns -= 1
+        return _Undone(before, replace(now, journal=back), log)
+
+    def _snapshot(self, journal: Journal) -> Snapshot:
+        return Snapshot(self.digest, self.state.state(), self.state.seen, journal)
+
+    def _restore(self, snapshot: Snapshot) -> Journal:
+        """Go to a snapshot; gives what goes the other way."""
+        self.rows.end()
+        back = self.rows.revert(snapshot.journal)
+        self.state.restore(snapshot.state)
+        self.digest = snapshot.digest
+        if self.log is not None:
+            del self.log[snapshot.num_tokens :]
+        return back
+
+    def fork(self) -> Talk:
+        """The same conversation, from now on independent."""
+        model, policy = self._model, self._policy
+        other = Talk(model, policy, self.pinned, keeps_log=False, max_undo=self._max_undo)
+        other.state.restore(self.state.state())
+        other.rows, other.digest = self.rows.copy(), self.digest
+        other.log = None if self.log is None else self.log[:]
+        other.snapshots, other.num_turns = list(self.snapshots), self.num_turns
+        return other
+
+    def num_remembered(self) -> tuple[int, float]:
+        """Tokens that at least one layer and head holds, and the share that an average one holds."""
+        ids = self.state.ids
+        held = ids[ids >= 0]
+        groups = ids.shape[0] * ids.shape[1]
+        if not self.state.seen:
+            return 0, 1.0
+        return len(held.unique()), len(held) / groups / self.state.seen
+
+    def shares(self) -> torch.Tensor:
+        """[tokens], float32: for each token of the conversation, which share of layers and heads holds it."""
+        ids = self.state.ids.cpu()
+        counts = torch.bincount(ids[ids >= 0], minlength=self.state.seen)
+        return counts.float() / (ids.shape[0] * ids.shape[1])
+
+
+def check_room(model: Model, policy: MemoryPolicy, num_pinned: int) -> None:
+    """Refuse a memory for which the model has no positions.
+
+    Raises:
+        ConfigError: there is none left for a token to be read.
+    """
+    taken = num_pinned + (policy.budget or 0)
+    if taken >= model.max_length:
+        raise ConfigError(
+            f"{num_pinned} pinned tokens and a budget of {policy.budget} leave nothing of the "
+            f"{model.max_length} positions that {model.name} reads; give a budget below "
+            f"{max(1, model.max_length - num_pinned)}, or pin less"
+        )
