@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from kvrag.answer import Answer
+from kvrag.archive.archive import COLLECTION, Archive
 from kvrag.caches import Caches
 from kvrag.config import Sampling
 from kvrag.costs import CostTable
@@ -21,6 +22,7 @@ from kvrag.errors import (
     InputError,
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
+from kvrag.index import Embedding
 from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
 from kvrag.memory.base import MemoryPolicy
@@ -467,6 +469,42 @@ class Engine:
     def metrics(self) -> Snapshot:
         """What has been counted since the engine was made; see `kvrag.metrics` for Prometheus."""
         return self._caches.metrics.snapshot(counts_of(self._caches.reads))
+
+    def fingerprint(self) -> Fingerprint:
+        """What entries depend on that stand behind nothing: model, codec, tenant."""
+        return self._caches.fingerprint_behind(())
+
+    def archive(
+        self,
+        path_or_url: str | Path,
+        *,
+        collection: str = COLLECTION,
+        embedding: Embedding | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Archive:
+        """Open what chats have said, to go on with: texts in a Chroma database, rows in the engine's store.
+
+        Args:
+            path_or_url: folder of a Chroma database, or address of a Chroma server; best a folder of its own,
+                because of one folder only one process writes at a time.
+            collection: its name; nothing but the archive's spans may be in it.
+            embedding: any Chroma embedding function; None: the collection's, at first `HashedEmbedding`.
+            ttl_seconds: time to live of its entries; None: the store's.
+
+        Raises:
+            ConfigError: the engine has no store, or the collection was made with another embedding.
+            CorpusError: the database cannot be opened.
+        """
+        if self.store is None:
+            raise ConfigError("an archive keeps rows in the engine's store; give the engine store='folder'")
+        return Archive.open(
+            path_or_url,
+            self.store,
+            self.fingerprint(),
+            collection=collection,
+            embedding=embedding,
+            ttl_seconds=ttl_seconds,
+        )
 
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
         """What a corpus needs to build caches for prompts of one form."""

@@ -61,7 +61,8 @@ def verify(
 
 def _print_verified(report: Any) -> None:
     out = stdout()
-    out.print(f"{report.entries} caches, {size(report.num_bytes)}; {report.records} chunks")
+    spans = f", {report.spans} spans of chats" if report.spans else ""
+    out.print(f"{report.entries} caches, {size(report.num_bytes)}; {report.records} chunks{spans}")
     rows = (
         ("caches are damaged", report.store.damaged, "set aside; kvrag warm builds them anew"),
         ("files belong to no cache", report.store.orphans, "removed"),
@@ -78,6 +79,8 @@ def _print_verified(report: Any) -> None:
         out.print("mend it with: kvrag verify --fix")
     if report.uncached:
         out.print(f"{len(report.uncached)} chunks have no usable cache; build them with: kvrag warm")
+    if report.uncached_spans:
+        out.print(f"{len(report.uncached_spans)} spans of chats have no usable cache; they are read anew")
 
 
 def _some(names: tuple[str, ...]) -> str:
