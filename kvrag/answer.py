@@ -108,6 +108,29 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class RecalledSpan:
+    """Something said before, forgotten since, that came back from an archive for one turn.
+
+    Attributes:
+        turn: in which it was said, counted from 0.
+        role: who says its first token: "user" or "assistant".
+        text: what it says.
+        start: tokens of the conversation before it.
+        num_tokens: of it.
+        mass: share of the turn's attention that it got, mean over layers, heads and tokens.
+        is_hit: its rows came from the store; otherwise it was read anew.
+    """
+
+    turn: int
+    role: str
+    text: str
+    start: int
+    num_tokens: int
+    mass: float
+    is_hit: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryUse:
     """What a session's turn read, and what its memory holds behind it; in tokens.
 
@@ -118,6 +141,7 @@ class MemoryUse:
         remembered: of those, how many at least one layer and head still holds.
         share: of the conversation, which share an average layer and head holds.
         recalled: of spans that came back from an archive for this turn.
+        spans: those spans.
         went_back: turns that were taken back because the history is another one.
         anew: the whole conversation was read, because none of what was known began like it.
     """
@@ -130,6 +154,7 @@ class MemoryUse:
     recalled: int = 0
     went_back: int = 0
     anew: bool = False
+    spans: tuple[RecalledSpan, ...] = ()
 
     @property
     def forgotten(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from kvrag.answer import Answer
 from kvrag.archive.archive import COLLECTION, Archive
+from kvrag.archive.recall import Recall, SpanRecalls
 from kvrag.caches import Caches
 from kvrag.config import Sampling
 from kvrag.costs import CostTable
@@ -278,7 +280,8 @@ class Engine:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
-        recalls: Recalls | None = None,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Session:
         """A conversation with a memory of its own.
 
@@ -291,11 +294,15 @@ class Engine:
             stride: most tokens that are read before they are inserted into the memory; None: `pass_tokens`.
             keeps_log: keep the tokens, 4 bytes each, to say what was forgotten.
             max_undo: turns that can be taken back, each of which may keep as much as the memory itself.
-            recalls: brings back what the memory has lost.
+            archive: where everything that is said is kept, to come back when it is needed; None: what is
+                forgotten is lost. A session without an id gets one then.
+            recall: what comes back; None: the defaults.
 
         Raises:
             ConfigError: the memory needs more positions than the model has.
         """
+        if archive is not None and name is None:
+            name = uuid.uuid4().hex
         settings = Settings(
             memory,
             system,
@@ -305,7 +312,13 @@ class Engine:
             max_undo,
         )
         check_room(self.model, memory, 0)
+        recalls = self._recalls(archive, name, recall)
         return Session(self._caches, self._worker, settings, name=name, recalls=recalls)
+
+    def _recalls(self, archive: Archive | None, name: str | None, recall: Recall | None) -> Recalls | None:
+        if archive is None or name is None:
+            return None
+        return SpanRecalls(archive, self.model, name, recall)
 
     def sessions(
         self,
@@ -318,7 +331,8 @@ class Engine:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
-        recalls: Callable[[str], Recalls] | None = None,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Sessions:
         """Many conversations by id, of which those used least recently wait in a folder.
 
@@ -331,7 +345,8 @@ class Engine:
             stride: most tokens that are read before they are inserted.
             keeps_log: keep the tokens.
             max_undo: turns that can be taken back.
-            recalls: for an id, what brings back what its memory has lost.
+            archive: see `session`.
+            recall: see `session`.
 
         Raises:
             SessionError: another process has the folder.
@@ -347,27 +362,40 @@ class Engine:
                 stride=stride,
                 keeps_log=keeps_log,
                 max_undo=max_undo,
-                recalls=None if recalls is None else recalls(name),
+                archive=archive,
+                recall=recall,
             )
 
         check_room(self.model, memory, 0)
         return Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
 
     def load_session(
-        self, path: str | Path, memory: MemoryPolicy, *, recalls: Recalls | None = None
+        self,
+        path: str | Path,
+        memory: MemoryPolicy,
+        *,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Session:
         """A session as `Session.save` wrote it; its next token's logits are the same bits.
 
         Args:
             path: of the file.
             memory: as it was made with.
-            recalls: see `session`.
+            archive: the one that it was made with.
+            recall: see `session`.
 
         Raises:
             SessionDamaged: there is no such file, or it is not whole.
             ConfigError: it was made with another model or memory.
         """
-        return loaded_session(self._caches, self._worker, Path(path), memory, recalls=recalls)
+        return loaded_session(
+            self._caches,
+            self._worker,
+            Path(path),
+            memory,
+            recalls=lambda name: self._recalls(archive, name, recall),
+        )
 
     def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[AnswerStream]:
         """Answer several prompts together: for each, what `stream` gives.

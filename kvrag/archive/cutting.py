@@ -102,6 +102,11 @@ class Cutter:
         self.mark, self._pieces = at, []
 
     @property
+    def position(self) -> int:
+        """Tokens of the chat that were taken so far."""
+        return self.mark.position + self._num_tokens
+
+    @property
     def _num_tokens(self) -> int:
         return sum(len(piece.tokens) for piece in self._pieces)
 

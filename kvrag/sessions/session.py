@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -202,7 +203,7 @@ class Session:
             for _ in range(num_turns):
                 self._talk.undo()
             if self.recalls is not None:
-                self.recalls.settle(self._talk)
+                self.recalls.undone(self._talk)
             return
             yield  # a generator that asks for nothing
 
@@ -212,8 +213,13 @@ class Session:
         """Another session that goes on from here, independent of this one."""
 
         def work() -> Work[Session]:
-            other = Session(self._caches, self._worker, self.settings, name=name)
-            other._talk = None if self._talk is None else self._talk.fork()
+            talk, recalls = self._talk, self.recalls
+            known_as = name
+            if recalls is not None:
+                known_as = name or uuid.uuid4().hex
+                recalls = recalls.fork(known_as, talk)
+            other = Session(self._caches, self._worker, self.settings, name=known_as, recalls=recalls)
+            other._talk = None if talk is None else talk.fork()
             return other
             yield
 
@@ -238,6 +244,8 @@ class Session:
         """Forget everything; the session cannot be used any more, and a file it is parked in is removed."""
 
         def work() -> Work[None]:
+            if self.recalls is not None:
+                self.recalls.delete()
             self._talk, self._is_deleted = None, True
             if self._parked is not None:
                 file.delete(self._parked)
@@ -471,7 +479,7 @@ def loaded_session(
     path: Path,
     policy: MemoryPolicy,
     *,
-    recalls: Recalls | None = None,
+    recalls: Callable[[str | None], Recalls | None] = lambda _: None,
 ) -> Session:
     """The session that a file holds; see `Engine.load_session`."""
     tensors, manifest = file.read(path)
@@ -484,7 +492,7 @@ def loaded_session(
         bool(about["keeps_log"]),
         int(about["max_undo"]),
     )
-    session = Session(caches, worker, settings, name=about["name"], recalls=recalls)
+    session = Session(caches, worker, settings, name=about["name"], recalls=recalls(about["name"]))
     worker.call(lambda: session._take(tensors, manifest))
     return session
 

@@ -134,6 +134,11 @@ class Talk:
         number = longest(shorter, text)
         return None if number is None else (len(known) - 1 - number, shorter[number].length)
 
+    @property
+    def went_back(self) -> bool:
+        """Whether the turn that is under way has taken back others, which come back if it fails."""
+        return bool(self._undone)
+
     def begin(self, go_back: int = 0) -> None:
         """Begin a turn, behind taking back some; `commit` or `fail` ends it.
 

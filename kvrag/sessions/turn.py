@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from kvrag.answer import Answer, MemoryUse, Piece, Usage
+from kvrag.answer import Answer, MemoryUse, Piece, RecalledSpan, Usage
 from kvrag.config import Sampling
 from kvrag.decode import Chooser, Step, choice, end_tokens
 from kvrag.errors import ContextOverflow, InputError
@@ -45,28 +45,52 @@ class Asked:
 
 
 class Recalls(Protocol):
-    """Brings back for one turn what a memory has lost: segments between what is pinned and the memory."""
+    """Brings back for one turn what a memory has lost: segments between what is pinned and the memory.
 
-    def note(self, stride: StrideRows) -> None:
-        """Take a stride that was read, before it is inserted; also of a turn that may yet fail."""
-        ...
+    A turn is `recall`, any number of `note`, `looked`, `settle`; or it ends anywhere with `drop`.
+    """
 
-    def recall(self, said: str, talk: Talk, room: int) -> Work[SegmentTable]:
+    def recall(self, said: str, tokens: Sequence[int], talk: Talk, room: int) -> Work[SegmentTable]:
         """Segments for this turn, targets from `talk.pinned.num_tokens` on.
 
         Args:
             said: what the user said last.
+            tokens: the last of what is to be read, up to where the answer begins.
             talk: the conversation behind which it was said.
             room: most positions that they may take.
         """
         ...
 
-    def looked(self, mass: Sequence[torch.Tensor]) -> None:
-        """Take what the turn's tokens looked at, pass by pass: [L, E, T], see `MemoryReader.extra_mass`."""
+    def note(self, stride: StrideRows) -> None:
+        """Take a stride that was read, before it is inserted; also of a turn that may yet fail."""
+        ...
+
+    def looked(self, mass: Sequence[torch.Tensor]) -> tuple[RecalledSpan, ...]:
+        """What came back, by what the turn's tokens looked at.
+
+        Args:
+            mass: pass by pass [L, E, T], see `MemoryReader.extra_mass`.
+        """
         ...
 
     def settle(self, talk: Talk) -> None:
-        """A turn is complete, or was taken back: tokens behind `talk.state.seen` are none of the talk's."""
+        """The turn is complete, and nothing that the talk had behind its beginning is said any more."""
+        ...
+
+    def drop(self, talk: Talk) -> None:
+        """The turn has failed; the talk is what it was before."""
+        ...
+
+    def undone(self, talk: Talk) -> None:
+        """Turns were taken back: what stands behind `talk.state.seen` was never said."""
+        ...
+
+    def fork(self, session: str, talk: Talk | None) -> Recalls:
+        """The same for a copy of the talk, under another id."""
+        ...
+
+    def delete(self) -> None:
+        """The talk is deleted, and all that was ever said in it."""
         ...
 
 
@@ -100,7 +124,7 @@ def turn(
     except BaseException:
         talk.fail()
         if recalls is not None:
-            recalls.settle(talk)
+            recalls.drop(talk)
         raise
 
 
@@ -116,7 +140,8 @@ def _turn(
 ) -> Generator[Piece | Ask, Read, Answer]:
     extra = None
     if recalls is not None:
-        extra = yield from recalls.recall(asked.said, talk, _room(model, talk, stride))
+        room = _room(model, talk, stride)
+        extra = yield from recalls.recall(asked.said, pieces[-1].tokens, talk, room)
     laps.lap("load")
 
     def reader() -> MemoryReader:
@@ -124,6 +149,7 @@ def _turn(
 
     reading = reader()
     last = yield from read_pieces(reading, pieces)
+    reading.role = "assistant"
     sampling = _within(model, talk, reading, sampling)
     context = _context(talk, pieces)
     written = Written(model.text, sampling.stop)
@@ -145,16 +171,16 @@ def _turn(
         talk.again()  # a part of a stop string is in memory already
         reading = reader()
         yield from read_pieces(reading, pieces)
+        reading.role = "assistant"
         left = replace(left, unread=tuple(written.tokens[: left.num_kept]) + left.unread_text)
     if left.unread:
         yield from reading.reading(left.unread)
     reading.insert()
-    if recalls is not None:
-        recalls.looked(reading.extra_mass)
+    spans = recalls.looked(reading.extra_mass) if recalls is not None else ()
     talk.commit(asked.new + written.text)
     if recalls is not None:
         recalls.settle(talk)
-    return _answer(model, talk, asked, pieces, sampling, written, step, laps, extra)
+    return _answer(model, talk, asked, pieces, sampling, written, step, laps, spans)
 
 
 def read_prompt(model: Model, talk: Talk, asked: Asked, *, stride: int) -> Work[torch.Tensor]:
@@ -170,7 +196,9 @@ def read_prompt(model: Model, talk: Talk, asked: Asked, *, stride: int) -> Work[
 def read_pieces(reading: MemoryReader, pieces: Sequence[Literal]) -> Work[Read]:
     """Read pieces of text, each of which is inserted before the next one is read."""
     last = None
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
+        # Answers are cut off at both ends; the first piece is what was said before the first of them.
+        reading.role = "assistant" if number % 2 else "user"
         last = yield from reading.reading(piece.tokens)
         reading.insert()
     assert last is not None
@@ -251,7 +279,7 @@ def _answer(
     written: Written,
     last: Step,
     laps: Laps,
-    extra: SegmentTable | None,
+    spans: tuple[RecalledSpan, ...],
 ) -> Answer:
     num_read = sum(len(piece.tokens) for piece in pieces)
     num_pinned, said = talk.pinned.num_tokens, talk.state.seen
@@ -274,8 +302,9 @@ def _answer(
             said,
             remembered,
             share,
-            extra.num_tokens if extra else 0,
+            sum(span.num_tokens for span in spans),
             asked.go_back,
             asked.anew,
+            spans,
         ),
     )
