@@ -10,11 +10,10 @@ import torch
 from kvrag.archive.span import Mark, RawRows, Span, local_rows
 from kvrag.errors import ConfigError
 from kvrag.rotary import LayerSpec
+from kvrag.sessions.turn import ANSWERS
 from kvrag.text import Text
 
 MAX_TOKENS = 128
-ANSWERS = "assistant"
-"""Whose messages end an exchange."""
 
 _ENDS = (".", "!", "?", "\u2026", "\u3002", "\uff01", "\uff1f")
 
@@ -92,10 +91,8 @@ class Cutter:
         return spans
 
     def flush(self) -> list[Span]:
-        """The turn is over: what is left of it, and the next turn begins."""
-        spans = self._taken(self._num_tokens)
-        self.mark = self.mark.next_turn()
-        return spans
+        """The exchange is over: what is left of it."""
+        return self._taken(self._num_tokens)
 
     def restart(self, at: Mark) -> None:
         """Forget what is not in a span yet, and go on from another place."""

@@ -117,8 +117,8 @@ class SpanRecalls:
         self._returned: list[tuple[_Candidate, float]] = []
         self._clock = 0.0
 
-    def recall(self, said: str, tokens: Sequence[int], talk: Talk, room: int) -> Work[SegmentTable]:
-        """See `Recalls`; the turn begins with it."""
+    def begin(self, talk: Talk) -> None:
+        """See `Recalls`."""
         self._base = _mark(talk)
         self._cutter.restart(self._base)
         self._spans, self._returned, self._has_written = [], [], False
@@ -126,6 +126,13 @@ class SpanRecalls:
             self._cut_off(self._base.position)  # of a course that was never saved, or that begins anew
         self._write()
         self._is_direct = not talk.went_back and self._due is None
+        self._clock = time.perf_counter()
+
+    def recall(self, said: str, tokens: Sequence[int], talk: Talk, room: int) -> Work[SegmentTable]:
+        """See `Recalls`."""
+        if talk.state.seen > self._base.position:
+            self._spans += self._cutter.flush()
+            self._write_direct(1)
         if said.strip():
             self._said.append(said)
             found = self._search(talk)
@@ -208,7 +215,11 @@ class SpanRecalls:
         rows = list(zip(stride.keys, stride.values, strict=True))
         self._spans += self._cutter.feed(stride.tokens, rows, stride.role, seconds=now - self._clock)
         self._clock = now
-        if self._is_direct and len(self._spans) >= _BATCH:
+        self._write_direct(_BATCH)
+
+    def _write_direct(self, at_least: int) -> None:
+        """Write spans of a turn that is not complete, if it takes nothing back and there are so many."""
+        if self._is_direct and len(self._spans) >= at_least:
             self._archive.add(self.session, self._spans)
             self._spans, self._has_written = [], True
 

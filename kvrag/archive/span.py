@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +22,7 @@ class Mark:
 
     Attributes:
         position: tokens of the chat before it, as the memory counts them.
-        turn: number of the turn.
+        turn: number of the turn in which it was read.
         context: 64 hex digits that stand for everything before it.
     """
 
@@ -34,10 +34,6 @@ class Mark:
         """The place behind these tokens."""
         said = hashlib.blake2b(bytes.fromhex(self.context) + token_bytes(tuple(tokens)), digest_size=32)
         return Mark(self.position + len(tokens), self.turn, said.hexdigest())
-
-    def next_turn(self) -> Mark:
-        """The same place as the beginning of another turn."""
-        return replace(self, turn=self.turn + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,12 +93,13 @@ class Rendering:
 
     def borders(
         self, history: Sequence[Message], tools: Sequence[Tool] | None, whole: str, start: int
-    ) -> list[int]:
-        """Places in a history where an answer begins or ends, behind `start`, ascending.
+    ) -> dict[int, str]:
+        """Places in a history where an answer begins or ends, behind `start`, and who speaks from there on.
 
         There the text is cut before it becomes tokens and strides, as it was when the answers were written.
+        They come in order.
         """
-        talk, found, before = self._led(history), [], ""
+        talk, found, before = self._led(history), {}, ""
         for number in range(len(talk) - 1, -1, -1):
             if talk[number].get("role") != "assistant" or not number:
                 continue
@@ -107,13 +108,14 @@ class Rendering:
             if not before or not whole.startswith(before):
                 continue
             said = flat(talk[number].get("content"))
-            ends = [len(before)]
-            if said and whole.startswith(said, len(before)):
-                ends.append(len(before) + len(said))
-            found += [end for end in ends if start < end < len(whole)]
+            ends = {len(before): "assistant"}
+            at = whole.find(said, len(before)) if said else -1
+            if at >= 0 and not whole[len(before) : at].strip():  # some templates write a blank in front
+                ends[at + len(said)] = "user"
+            found |= {end: role for end, role in ends.items() if start < end < len(whole)}
             if len(before) <= start:
                 break
-        return sorted(set(found))
+        return dict(sorted(found.items()))
 
     def _led(self, history: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages with the session's system prompt in front, unless they bring their own."""

@@ -400,10 +400,10 @@ class Session:
             known = (0, 0)
         go_back, start = known
         at = len(opening.text) + start
-        borders = () if isinstance(history, str) else writes.borders(history, tools, whole, at)
+        borders = {} if isinstance(history, str) else writes.borders(history, tools, whole, at)
         return Asked(
             text[start:],
-            tuple(border - at for border in borders),
+            {border - at: role for border, role in borders.items()},
             go_back,
             anew,
             first=not opening.is_rendered and not at,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -23,13 +23,18 @@ from kvrag.worker import Ask
 from kvrag.written import Written
 
 
+ANSWERS = "assistant"
+"""Who answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a turn begins with.
 
     Attributes:
         new: text that nobody has read yet.
-        borders: places in it at which it is cut before it becomes tokens and strides, ascending.
+        borders: places in it at which it is cut before it becomes tokens and strides, ascending, and who speaks
+            from there on; before them it is the user.
         go_back: turns that are taken back first.
         anew: the conversation is a new one.
         first: the text begins with what the tokenizer puts in front of one (BOS).
@@ -37,7 +42,7 @@ class Asked:
     """
 
     new: str
-    borders: tuple[int, ...] = ()
+    borders: Mapping[int, str] = field(default_factory=dict)
     go_back: int = 0
     anew: bool = False
     first: bool = False
@@ -47,16 +52,21 @@ class Asked:
 class Recalls(Protocol):
     """Brings back for one turn what a memory has lost: segments between what is pinned and the memory.
 
-    A turn is `recall`, any number of `note`, `looked`, `settle`; or it ends anywhere with `drop`.
+    A turn is `begin`, then in turns `note` and, before the last message, `recall`, then `looked`, `settle`; or
+    it ends anywhere with `drop`.
     """
+
+    def begin(self, talk: Talk) -> None:
+        """A turn begins behind what was said in a talk."""
+        ...
 
     def recall(self, said: str, tokens: Sequence[int], talk: Talk, room: int) -> Work[SegmentTable]:
         """Segments for this turn, targets from `talk.pinned.num_tokens` on.
 
         Args:
             said: what the user said last.
-            tokens: the last of what is to be read, up to where the answer begins.
-            talk: the conversation behind which it was said.
+            tokens: of the last message, up to where the answer begins.
+            talk: the conversation behind which it was said, what this turn has read so far included.
             room: most positions that they may take.
         """
         ...
@@ -140,16 +150,23 @@ def _turn(
 ) -> Generator[Piece | Ask, Read, Answer]:
     extra = None
     if recalls is not None:
+        recalls.begin(talk)
+    listeners = () if recalls is None else (recalls.note,)
+    *earlier, question = _roles(asked, pieces)
+    yield from read_pieces(talk.reader(stride, listeners=listeners), earlier)
+    if recalls is not None:
+        laps.lap("prefill")
         room = _room(model, talk, stride)
-        extra = yield from recalls.recall(asked.said, pieces[-1].tokens, talk, room)
+        extra = yield from recalls.recall(asked.said, question[0].tokens, talk, room)
     laps.lap("load")
 
     def reader() -> MemoryReader:
-        return talk.reader(stride, extra=extra, listeners=() if recalls is None else (recalls.note,))
+        return talk.reader(stride, extra=extra, listeners=listeners)
 
     reading = reader()
-    last = yield from read_pieces(reading, pieces)
-    reading.role = "assistant"
+    last = yield from read_pieces(reading, [question])
+    assert last is not None
+    reading.role = ANSWERS
     sampling = _within(model, talk, reading, sampling)
     context = _context(talk, pieces)
     written = Written(model.text, sampling.stop)
@@ -169,9 +186,10 @@ def _turn(
     left = _left(model, written)
     if not reading.drop(max(0, len(written.tokens) - 1 - left.num_kept)):
         talk.again()  # a part of a stop string is in memory already
+        yield from read_pieces(talk.reader(stride, listeners=listeners), earlier)
         reading = reader()
-        yield from read_pieces(reading, pieces)
-        reading.role = "assistant"
+        yield from read_pieces(reading, [question])
+        reading.role = ANSWERS
         left = replace(left, unread=tuple(written.tokens[: left.num_kept]) + left.unread_text)
     if left.unread:
         yield from reading.reading(left.unread)
@@ -187,28 +205,31 @@ def read_prompt(model: Model, talk: Talk, asked: Asked, *, stride: int) -> Work[
     """[V], float32: the logits behind a turn's new text; the talk is what it was before."""
     talk.begin(asked.go_back)
     try:
-        last = yield from read_pieces(talk.reader(stride), _pieces(model, asked))
+        last = yield from read_pieces(talk.reader(stride), _roles(asked, _pieces(model, asked)))
+        assert last is not None
         return last.logits[-1].float().clone()
     finally:
         talk.fail()
 
 
-def read_pieces(reading: MemoryReader, pieces: Sequence[Literal]) -> Work[Read]:
-    """Read pieces of text, each of which is inserted before the next one is read."""
+def read_pieces(reading: MemoryReader, pieces: Sequence[tuple[Literal, str]]) -> Work[Read | None]:
+    """Read pieces of text, with who says them; each is inserted before the next one is read."""
     last = None
-    for number, piece in enumerate(pieces):
-        # Answers are cut off at both ends; the first piece is what was said before the first of them.
-        reading.role = "assistant" if number % 2 else "user"
+    for piece, reading.role in pieces:
         last = yield from reading.reading(piece.tokens)
         reading.insert()
-    assert last is not None
     return last
+
+
+def _roles(asked: Asked, pieces: Sequence[Literal]) -> list[tuple[Literal, str]]:
+    """Pieces of the new text, and who says them."""
+    return [(piece, asked.borders.get(piece.start, "user")) for piece in pieces]
 
 
 def _pieces(model: Model, asked: Asked) -> list[Literal]:
     """The new text, cut at its borders; pieces without tokens are left out."""
     found: list[Literal] = []
-    ends = [*asked.borders, len(asked.new)]
+    ends = [*asked.borders, len(asked.new)]  # in order
     for start, end in zip([0, *asked.borders], ends, strict=True):
         text = asked.new[start:end]
         tokens = model.text.tokenize(text, first=asked.first and not start)

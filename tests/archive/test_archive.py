@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def chain(*texts: str) -> list[Span]:
     spans, at = [], Mark()
     for text in texts:
         spans.append(span(text, at))
-        at = at.behind(spans[-1].tokens).next_turn()
+        at = replace(at.behind(spans[-1].tokens), turn=len(spans))
     return spans
 
 

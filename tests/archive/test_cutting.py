@@ -47,7 +47,7 @@ def test_messages_of_a_turn_are_joined_while_they_fit() -> None:
     assert fed(cutter, ("user", "<|user|>A pier."), ("assistant", "<|assistant|>I see.</s>")) == []
     (span,) = cutter.flush()
     assert (span.text, span.role, span.at.turn, span.at.position) == ("A pier.I see.", "user", 0, 0)
-    assert cutter.mark == Mark(span.end, 1, cutter.mark.context)
+    assert cutter.mark == Mark(span.end, 0, cutter.mark.context)
 
 
 def test_an_answer_closes_the_exchange_before_the_next_question() -> None:
