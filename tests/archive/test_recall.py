@@ -18,6 +18,7 @@ from kvrag.memory.full import Full
 from kvrag.memory.window import Window
 from kvrag.messages import Message
 from kvrag.model import Model
+from kvrag.reader import prose
 from kvrag.reader.chats import Chat, distant
 from kvrag.reader.tokenizer import SYSTEM_CHAT
 from kvrag.reader.world import World
@@ -27,7 +28,7 @@ from kvrag.testing.models import tiny
 
 BUDGET = 128
 SHORT = Sampling(max_new_tokens=6)
-FACT, QUESTION, ANSWER = "Bron Poberg lives in Oakburg.", "Where does Bron Poberg live?", "Oakburg"
+FACT, QUESTION, ANSWER = "Bron Poberg lives in Vouport.", "Where does Bron Poberg live?", "Vouport"
 
 
 @cache
@@ -69,7 +70,7 @@ def history(chat: Chat) -> list[Message]:
 def bury(session: Session, num_turns: int = 14) -> None:
     """Talk until what was said before is forgotten."""
     for number in range(num_turns):
-        session.send(f"The weather is fine, and the walk number {number} was long.", sampling=SHORT)
+        session.send(prose.TALK[number % len(prose.TALK)][0], sampling=SHORT)
 
 
 def texts(archive: Archive, name: str = "a") -> str:
@@ -161,10 +162,10 @@ def test_a_turn_that_is_edited_replaces_its_spans(engine: Engine, archive: Archi
     first = session.reply_to(said, sampling=SHORT).text
     said += [{"role": "assistant", "content": first}, {"role": "user", "content": FACT}]
     session.reply_to(said, sampling=SHORT)
-    said[-1] = {"role": "user", "content": FACT.replace("Oakburg", "Naihaven")}
+    said[-1] = {"role": "user", "content": FACT.replace("Vouport", "Mafield")}
     edited = session.reply_to(said, sampling=SHORT).memory
     assert edited is not None and edited.went_back == 1
-    assert "Naihaven" in texts(archive)
+    assert "Mafield" in texts(archive)
     assert ANSWER not in texts(archive)
     assert set(archive._store.ids()) == set(archive._references.of(archive.index.id).values())
 
@@ -226,7 +227,7 @@ def test_deleting_a_session_deletes_what_it_said(engine: Engine, archive: Archiv
     assert list(archive._store.ids()) == []
     archive.index.close()
     assert not [
-        file for file in (tmp_path / "chats").rglob("*") if file.is_file() and b"Oakburg" in file.read_bytes()
+        file for file in (tmp_path / "chats").rglob("*") if file.is_file() and b"Vouport" in file.read_bytes()
     ]
     with pytest.raises(SessionError, match="deleted"):
         session.send(QUESTION)
