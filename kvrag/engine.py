@@ -6,13 +6,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from kvrag.answer import Answer
-from kvrag.archive.archive import COLLECTION, Archive
-from kvrag.archive.recall import Recall, SpanRecalls
 from kvrag.caches import Caches
 from kvrag.config import Sampling
 from kvrag.costs import CostTable
@@ -24,7 +22,6 @@ from kvrag.errors import (
     InputError,
 )
 from kvrag.focus.policy import PLAIN, Policy, preset
-from kvrag.index import Embedding
 from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
 from kvrag.memory.base import MemoryPolicy
@@ -47,6 +44,11 @@ from kvrag.stores import Ahead, open_store
 from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
 from kvrag.worker import Worker
+
+if TYPE_CHECKING:  # an engine without an archive does without Chroma
+    from kvrag.archive.archive import Archive
+    from kvrag.archive.recall import Recall
+    from kvrag.index import Embedding
 
 T = TypeVar("T")
 Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher | KnownTexts
@@ -318,6 +320,8 @@ class Engine:
     def _recalls(self, archive: Archive | None, name: str | None, recall: Recall | None) -> Recalls | None:
         if archive is None or name is None:
             return None
+        from kvrag.archive.recall import SpanRecalls  # noqa: PLC0415 - needs Chroma
+
         return SpanRecalls(archive, self.model, name, recall)
 
     def sessions(
@@ -506,7 +510,7 @@ class Engine:
         self,
         path_or_url: str | Path,
         *,
-        collection: str = COLLECTION,
+        collection: str = "kvrag-archive",
         embedding: Embedding | None = None,
         ttl_seconds: float | None = None,
     ) -> Archive:
@@ -525,6 +529,8 @@ class Engine:
         """
         if self.store is None:
             raise ConfigError("an archive keeps rows in the engine's store; give the engine store='folder'")
+        from kvrag.archive.archive import Archive  # noqa: PLC0415 - needs Chroma
+
         return Archive.open(
             path_or_url,
             self.store,

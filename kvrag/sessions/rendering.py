@@ -99,7 +99,8 @@ class Rendering:
         There the text is cut before it becomes tokens and strides, as it was when the answers were written.
         They come in order.
         """
-        talk, found, before = self._led(history), {}, ""
+        talk, before = self._led(history), ""
+        found: dict[int, str] = {}
         for number in range(len(talk) - 1, -1, -1):
             if talk[number].get("role") != "assistant" or not number:
                 continue

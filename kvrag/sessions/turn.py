@@ -22,7 +22,6 @@ from kvrag.sessions.talk import Talk
 from kvrag.worker import Ask
 from kvrag.written import Written
 
-
 ANSWERS = "assistant"
 """Who answers."""
 
@@ -33,8 +32,8 @@ class Asked:
 
     Attributes:
         new: text that nobody has read yet.
-        borders: places in it at which it is cut before it becomes tokens and strides, ascending, and who speaks
-            from there on; before them it is the user.
+        borders: places in it at which it is cut before it becomes tokens and strides, ascending, and who
+            speaks from there on; before them it is the user.
         go_back: turns that are taken back first.
         anew: the conversation is a new one.
         first: the text begins with what the tokenizer puts in front of one (BOS).
@@ -52,8 +51,8 @@ class Asked:
 class Recalls(Protocol):
     """Brings back for one turn what a memory has lost: segments between what is pinned and the memory.
 
-    A turn is `begin`, then in turns `note` and, before the last message, `recall`, then `looked`, `settle`; or
-    it ends anywhere with `drop`.
+    A turn is `begin`, then any number of `note` with `recall` before the last message, then `looked` and
+    `settle`; or it ends anywhere with `drop`.
     """
 
     def begin(self, talk: Talk) -> None:

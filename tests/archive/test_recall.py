@@ -125,7 +125,8 @@ def test_the_least_looked_at_do_not_come_back(engine: Engine, archive: Archive) 
         one.send(FACT, sampling=SHORT)
         bury(one)
     every, few = session.send(QUESTION).memory, strict.send(QUESTION).memory
-    assert every is not None and few is not None
+    assert every is not None
+    assert few is not None
     assert len(every.spans) == 6
     assert [ANSWER in span.text for span in few.spans] == [True]
 
@@ -164,7 +165,8 @@ def test_a_turn_that_is_edited_replaces_its_spans(engine: Engine, archive: Archi
     session.reply_to(said, sampling=SHORT)
     said[-1] = {"role": "user", "content": FACT.replace("Vouport", "Mafield")}
     edited = session.reply_to(said, sampling=SHORT).memory
-    assert edited is not None and edited.went_back == 1
+    assert edited is not None
+    assert edited.went_back == 1
     assert "Mafield" in texts(archive)
     assert ANSWER not in texts(archive)
     assert set(archive._store.ids()) == set(archive._references.of(archive.index.id).values())
@@ -199,14 +201,16 @@ def test_a_copy_has_what_was_said_before_and_nothing_said_behind(engine: Engine,
     bury(copy)
     answer = copy.send(QUESTION)
     assert ANSWER in answer.text
-    assert answer.memory is not None and answer.memory.spans[0].is_hit
+    assert answer.memory is not None
+    assert answer.memory.spans[0].is_hit
 
 
 def test_a_copy_without_an_id_gets_one(engine: Engine, archive: Archive) -> None:
     session = session_of(engine, archive)
     session.send(FACT, sampling=SHORT)
     copy = session.fork()
-    assert copy.name and copy.name in archive.sessions()
+    assert copy.name
+    assert copy.name in archive.sessions()
     assert engine.session(Window(BUDGET), archive=archive).name
 
 
@@ -266,7 +270,8 @@ def test_what_the_store_has_lost_can_be_left_out(engine: Engine, archive: Archiv
     for key_id in list(archive._store.ids()):
         archive._store.delete(key_id)
     memory = session.send(QUESTION).memory
-    assert memory is not None and memory.spans == ()
+    assert memory is not None
+    assert memory.spans == ()
     assert archive.counts["misses"] > 0
 
 
