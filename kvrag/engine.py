@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,6 +26,7 @@ from kvrag.focus.policy import PLAIN, Policy, preset
 from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
 from kvrag.memory.base import MemoryPolicy
+from kvrag.memory.policies import memory_policy
 from kvrag.messages import Message, Tool
 from kvrag.metrics import Snapshot
 from kvrag.model import READER, Model
@@ -33,7 +35,9 @@ from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.sessions.many import Sessions
-from kvrag.sessions.session import Session, Settings, loaded_session
+from kvrag.sessions.pinned import Openings
+from kvrag.sessions.session import Session, loaded_session
+from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import check_room
 from kvrag.sessions.turn import Recalls
 from kvrag.store.base import KVStore
@@ -51,6 +55,7 @@ if TYPE_CHECKING:  # an engine without an archive does without Chroma
     from kvrag.index import Embedding
 
 T = TypeVar("T")
+_USUAL_BUDGET = 4096
 Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher | KnownTexts
 
 
@@ -130,6 +135,7 @@ class Engine:
         self.pass_tokens = usual if pass_tokens is None else pass_tokens
         if max_batch < 1 or self.pass_tokens < 1:
             raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
+        self._openings: Openings = WeakValueDictionary()
         passes = Passes(model, self.pass_tokens)
         self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
 
@@ -274,8 +280,9 @@ class Engine:
 
     def session(
         self,
-        memory: MemoryPolicy,
+        memory: MemoryPolicy | str = "cascade",
         *,
+        budget: int | str | None = None,
         name: str | None = None,
         system: str | None = None,
         documents: Sequence[str] = (),
@@ -288,7 +295,10 @@ class Engine:
         """A conversation with a memory of its own.
 
         Args:
-            memory: what of the conversation stays in memory.
+            memory: what of the conversation stays in memory: a policy, or the name of one with its usual
+                settings: "full", "window", "cascade", "combined".
+            budget: of a policy that is given by name: tokens, or bytes such as "512MB"; None: 4096 tokens, or
+                half of the model's positions if those are fewer.
             name: its id.
             system: its system prompt; None: what a history brings.
             documents: texts that it begins with, behind the system prompt; always in memory, and loaded from
@@ -306,16 +316,28 @@ class Engine:
         if archive is not None and name is None:
             name = uuid.uuid4().hex
         settings = Settings(
-            memory,
+            self._memory(memory, budget),
             system,
-            tuple(documents),
+            documents,
             self.pass_tokens if stride is None else stride,
             keeps_log,
             max_undo,
         )
-        check_room(self.model, memory, 0)
+        check_room(self.model, settings.policy, 0)
         recalls = self._recalls(archive, name, recall)
-        return Session(self._caches, self._worker, settings, name=name, recalls=recalls)
+        return Session(
+            self._caches, self._worker, settings, name=name, openings=self._openings, recalls=recalls
+        )
+
+    def _memory(self, memory: MemoryPolicy | str, budget: int | str | None) -> MemoryPolicy:
+        """A policy as callers name it."""
+        if not isinstance(memory, str):
+            if budget is not None:
+                raise ConfigError(f"budget is {budget!r}, but {memory} has its own; give one of both")
+            return memory
+        if budget is None and memory != "full":
+            budget = min(_USUAL_BUDGET, self.model.max_length // 2)
+        return memory_policy(memory, budget, bytes_per_token=self.model.bytes_per_token)
 
     def _recalls(self, archive: Archive | None, name: str | None, recall: Recall | None) -> Recalls | None:
         if archive is None or name is None:
@@ -327,8 +349,9 @@ class Engine:
     def sessions(
         self,
         folder: str | Path,
-        memory: MemoryPolicy,
+        memory: MemoryPolicy | str = "cascade",
         *,
+        budget: int | str | None = None,
         budget_bytes: int | None = None,
         system: str | None = None,
         documents: Sequence[str] = (),
@@ -343,6 +366,7 @@ class Engine:
         Args:
             folder: for what does not fit into memory, and for `Sessions.close`.
             memory: see `session`, also for the rest.
+            budget: of each.
             budget_bytes: what all of them may keep in memory between turns; None: no limit.
             system: system prompt of each.
             documents: that each begins with.
@@ -356,10 +380,11 @@ class Engine:
             SessionError: another process has the folder.
             ConfigError: the memory needs more positions than the model has.
         """
+        policy = self._memory(memory, budget)
 
         def make(name: str) -> Session:
             return self.session(
-                memory,
+                policy,
                 name=name,
                 system=system,
                 documents=documents,
@@ -370,13 +395,13 @@ class Engine:
                 recall=recall,
             )
 
-        check_room(self.model, memory, 0)
+        check_room(self.model, policy, 0)
         return Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
 
     def load_session(
         self,
         path: str | Path,
-        memory: MemoryPolicy,
+        memory: MemoryPolicy | None = None,
         *,
         archive: Archive | None = None,
         recall: Recall | None = None,
@@ -385,7 +410,7 @@ class Engine:
 
         Args:
             path: of the file.
-            memory: as it was made with.
+            memory: as it was made with; None: one of this package's, which the file names.
             archive: the one that it was made with.
             recall: see `session`.
 
@@ -398,6 +423,7 @@ class Engine:
             self._worker,
             Path(path),
             memory,
+            openings=self._openings,
             recalls=lambda name: self._recalls(archive, name, recall),
         )
 

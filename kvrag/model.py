@@ -184,6 +184,11 @@ class Model:
             self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device), recorder)
         return tuple(shape for _, shape in sorted(recorder.layers.items()))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values of all layers."""
+        return self.dtype.itemsize * sum(heads * (key + value) for heads, key, value in self.shapes)
+
     @cached_property
     def _weights_digest(self) -> str:
         tensors = sorted(self.network.state_dict().items())

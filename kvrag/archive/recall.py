@@ -301,7 +301,7 @@ class SpanRecalls:
 
 def _mark(talk: Talk) -> Mark:
     """Where a talk is, and all that was said in it."""
-    digest = talk.digest
+    digest = talk.digests[0]
     context = tagged_digest(
         {
             "opening": talk.pinned.opening.text,

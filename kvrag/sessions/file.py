@@ -6,7 +6,8 @@ import json
 import uuid
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import xxhash
 
 from kvrag.errors import ConfigError, SessionDamaged
 from kvrag.memory.base import MemoryPolicy
+from kvrag.memory.policies import POLICIES
 from kvrag.memory.rows import images_of, journal_of
 from kvrag.model import Model
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
+from kvrag.sessions import logs
 from kvrag.sessions.digest import TextDigest
-from kvrag.sessions.pinned import Opening, Pinned
+from kvrag.sessions.pinned import Opening, Pinned, with_rows
 from kvrag.sessions.talk import Snapshot, Talk
 from kvrag.store.files import PARTIAL, commit, make_folder, remove, write_error, write_partial
 
@@ -41,11 +44,23 @@ _MAX_HEADER = 64 << 20
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a file holds, every byte of it proven."""
+
+    tensors: Tensors
+    manifest: dict[str, Any]
+    log: array[int] | None
+
+
 def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapping[str, Any]) -> None:
-    """Write a conversation; a crash at any point leaves the file that was there before, or this one.
+    """Write a conversation; a crash at any point leaves the one that was there before, or this one.
+
+    The tokens lie in a file of their own beside it, which is appended to; where it does not begin like the
+    conversation (turns were taken back, or a crash left half of one), another one is begun.
 
     Args:
-        path: of the file; what belongs to no file any more is removed beside it.
+        path: of the file.
         talk: between two turns.
         policy: of its memory.
         model: that read it.
@@ -54,45 +69,47 @@ def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapp
     Raises:
         StoreWriteError: disk full, read-only, no permission; the old file is still there.
     """
-    tensors, manifest = (
-        _tensors(talk),
-        {
-            "model": _identity(model),
-            "policy": {"name": policy.name, "fields": _fields(policy)},
-            "about": dict(about),
-            **_described(talk),
-        },
-    )
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         make_folder(path.parent)
-        write_partial(partial, _encoded(tensors, manifest))
+        log = None if talk.log is None else logs.write(path, talk.log)
+        manifest = {
+            "model": _identity(model),
+            "policy": described_policy(policy),
+            "about": dict(about),
+            "log": log and asdict(log),
+            **_described(talk),
+        }
+        write_partial(partial, _encoded(_tensors(talk), manifest))
         commit(partial, path)
     except OSError as error:
         remove(partial)
         raise write_error(error, path) from error
-    for left in path.parent.glob(f"{_escaped(path.name)}.????????????{PARTIAL}"):
+    logs.tidy(path, log)
+    for left in path.parent.glob(f"{escape(path.name)}.????????????{PARTIAL}"):
         remove(left)  # of a process that was killed
 
 
-def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and manifest of a file, every byte of it proven.
+def read(path: Path) -> Saved:
+    """What a file holds.
 
     Raises:
         SessionDamaged: it is no such file, or not whole.
     """
     try:
         raw = bytearray(path.read_bytes())
+        tensors, manifest = _decoded(raw)
+        told = manifest["log"]
+        log = None if told is None else logs.read(path, logs.Log(**told))
     except FileNotFoundError as error:
         raise SessionDamaged(f"there is no session at {path}") from error
     except OSError as error:
         raise SessionDamaged(f"the session at {path} cannot be read: {error.strerror or error}") from error
-    try:
-        return _decoded(raw)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SessionDamaged(
             f"{path} is not a session, or is damaged: {error}. Begin a new one; what was said is read again"
         ) from error
+    return Saved(tensors, manifest, log)
 
 
 def name_of(path: Path) -> str | None:
@@ -111,25 +128,59 @@ def name_of(path: Path) -> str | None:
     return None if name is None else str(name)
 
 
-def load(
-    tensors: Tensors, manifest: Mapping[str, Any], model: Model, policy: MemoryPolicy, *, max_undo: int
-) -> Talk:
+def opening_of(manifest: Mapping[str, Any]) -> Opening:
+    """What stands in front of a saved conversation.
+
+    Raises:
+        SessionDamaged: it does not say.
+    """
+    try:
+        told = manifest["opening"]
+        return Opening(told["text"], tuple(told["documents"]), told["prefix"], bool(told["is_rendered"]))
+    except (KeyError, TypeError) as error:
+        raise SessionDamaged(f"the session does not fit together: {error}") from error
+
+
+def load(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, *, max_undo: int) -> Talk:
     """The conversation that a file holds.
+
+    Args:
+        saved: what was read.
+        model: that goes on with it.
+        policy: of its memory.
+        pinned: its opening, as it was read now.
+        max_undo: turns that can be taken back.
 
     Raises:
         ConfigError: it was read by another model, or remembered by another policy.
         SessionDamaged: what it holds does not fit together.
     """
-    check_model(manifest, model)
-    kept = manifest["policy"]
-    if kept != {"name": policy.name, "fields": _fields(policy)}:
-        raise ConfigError(
-            f"the session has the memory {kept}, not {policy}; open it with what it was made with"
-        )
+    check_model(saved.manifest, model)
+    kept = saved.manifest["policy"]
+    if kept != described_policy(policy):
+        raise ConfigError(f"the session has the memory {kept}, not {policy}; open it with that one")
     try:
-        return _loaded(tensors, manifest, model, policy, max_undo)
+        return _loaded(saved, model, policy, pinned, max_undo)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SessionDamaged(f"the session does not fit together: {error}") from error
+
+
+def policy_of(manifest: Mapping[str, Any]) -> MemoryPolicy:
+    """The policy that a saved session was made with, if it is one of this package's.
+
+    Raises:
+        ConfigError: it is not; it has to be given.
+    """
+    told = manifest["policy"]
+    if told["name"] not in POLICIES:
+        raise ConfigError(f"the session has the memory {told}, which has to be given to open it")
+    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in told["fields"].items()}
+    return POLICIES[told["name"]](**fields)
+
+
+def described_policy(policy: MemoryPolicy) -> dict[str, Any]:
+    """A policy in JSON."""
+    return {"name": policy.name, "fields": _fields(policy)}
 
 
 def check_model(manifest: Mapping[str, Any], model: Model) -> None:
@@ -158,7 +209,7 @@ def _fields(policy: MemoryPolicy) -> dict[str, Any]:
 def _tensors(talk: Talk) -> Tensors:
     found = {f"rows.{name}": tensor for name, tensor in talk.rows.tensors().items()}
     found |= {f"state.{name}": tensor for name, tensor in talk.state.state().items()}
-    for i, segment in enumerate(talk.pinned.table):
+    for i, segment in enumerate(_own_segments(talk)):
         for layer, kv in enumerate(segment.kv.layers):
             found[f"pinned.{i}.{layer:03d}.keys"] = kv.keys
             found[f"pinned.{i}.{layer:03d}.values"] = kv.values
@@ -166,27 +217,27 @@ def _tensors(talk: Talk) -> Tensors:
         found |= {f"turn.{i}.state.{name}": tensor for name, tensor in snapshot.state.items()}
         for j, image in enumerate(images_of(snapshot.journal)):
             found |= {f"turn.{i}.image.{j}.{k:04d}": tensor for k, tensor in enumerate(image)}
-    if talk.log is not None:
-        found["log"] = torch.tensor(talk.log, dtype=torch.int32)
     return found
+
+
+def _own_segments(talk: Talk) -> list[Segment]:
+    """What is pinned and no document: documents have entries in the store, which many sessions share."""
+    return [segment for segment in talk.pinned.table if segment.document is None]
 
 
 def _described(talk: Talk) -> dict[str, Any]:
     pinned = talk.pinned
     return {
-        "digest": _told(talk.digest),
+        "digests": [_told(digest) for digest in talk.digests],
         "num_turns": talk.num_turns,
         "num_tokens": talk.state.seen,
-        "keeps_log": talk.log is not None,
         "opening": asdict(pinned.opening),
-        "is_hit": list(pinned.is_hit),
         "pinned": [
-            {"tokens": list(s.kv.tokens), "target": s.target, "native": s.native, "document": s.document}
-            for s in pinned.table
+            {"tokens": list(s.kv.tokens), "target": s.target, "native": s.native} for s in _own_segments(talk)
         ],
         "turns": [
             {
-                "digest": _told(snapshot.digest),
+                "digests": [_told(digest) for digest in snapshot.digests],
                 "num_tokens": snapshot.num_tokens,
                 "num_images": len(snapshot.journal.images),
             }
@@ -199,26 +250,24 @@ def _told(digest: TextDigest) -> dict[str, Any]:
     return {"length": digest.length, "chain": digest.chain.hex(), "tail": digest.tail}
 
 
-def _digest(told: Mapping[str, Any]) -> TextDigest:
-    return TextDigest(int(told["length"]), bytes.fromhex(told["chain"]), str(told["tail"]))
-
-
-def _loaded(
-    tensors: Tensors, manifest: Mapping[str, Any], model: Model, policy: MemoryPolicy, max_undo: int
-) -> Talk:
-    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    table = SegmentTable(
-        tuple(_segment(tensors, i, told, model.num_layers) for i, told in enumerate(manifest["pinned"]))
+def _digests(told: Mapping[str, Any]) -> tuple[TextDigest, ...]:
+    return tuple(
+        TextDigest(int(one["length"]), bytes.fromhex(one["chain"]), str(one["tail"]))
+        for one in told["digests"]
     )
-    told = manifest["opening"]
-    opening = Opening(told["text"], tuple(told["documents"]), told["prefix"], told["is_rendered"])
-    pinned = Pinned(opening, table, tuple(manifest["is_hit"]))
-    talk = Talk(model, policy, pinned, keeps_log=bool(manifest["keeps_log"]), max_undo=max_undo)
+
+
+def _loaded(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, max_undo: int) -> Talk:
+    manifest = saved.manifest
+    tensors = {name: tensor.to(model.device) for name, tensor in saved.tensors.items()}
+    own = [_segment(tensors, i, told, model.num_layers) for i, told in enumerate(manifest["pinned"])]
+    pinned = with_rows(pinned, SegmentTable(tuple(own)))
+    talk = Talk(model, policy, pinned, keeps_log=saved.log is not None, max_undo=max_undo)
     talk.state.restore(_under(tensors, "state."))
     talk.rows.load(_under(tensors, "rows."))
-    talk.digest, talk.num_turns = _digest(manifest["digest"]), int(manifest["num_turns"])
-    if talk.log is not None:
-        talk.log = array("i", tensors["log"].tolist())
+    talk.digests, talk.num_turns = _digests(manifest), int(manifest["num_turns"])
+    if saved.log is not None:
+        talk.log = saved.log
     for i, turn in enumerate(manifest["turns"]):
         images = [
             [tensor for _, tensor in sorted(_under(tensors, f"turn.{i}.image.{j}.").items())]
@@ -226,7 +275,7 @@ def _loaded(
         ]
         state = _under(tensors, f"turn.{i}.state.")
         journal = journal_of(images, talk.rows)
-        talk.snapshots.append(Snapshot(_digest(turn["digest"]), state, int(turn["num_tokens"]), journal))
+        talk.snapshots.append(Snapshot(_digests(turn), state, int(turn["num_tokens"]), journal))
     return talk
 
 
@@ -240,7 +289,7 @@ def _segment(tensors: Tensors, i: int, told: Mapping[str, Any], num_layers: int)
         for layer in range(num_layers)
     )
     kv = KV(tuple(told["tokens"]), layers)
-    return Segment(kv, int(told["target"]), document=told["document"], native=int(told["native"]))
+    return Segment(kv, int(told["target"]), native=int(told["native"]))
 
 
 def _encoded(tensors: Tensors, manifest: Mapping[str, Any]) -> list[bytes | memoryview]:
@@ -317,9 +366,6 @@ def _tensor(data: memoryview, told: Mapping[str, Any]) -> torch.Tensor:
 
 def delete(path: Path) -> bool:
     """Remove a saved conversation; False if there was none."""
-    return remove(path)
-
-
-def _escaped(name: str) -> str:
-    """For a glob."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    existed = remove(path)  # first: without it, the tokens are nobody's
+    logs.tidy(path, None)
+    return existed

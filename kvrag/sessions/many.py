@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from kvrag.errors import ConfigError, SessionError, StoreError
 from kvrag.sessions import file
@@ -55,12 +55,12 @@ class Sessions:
         with self._lock:
             self._check_open()
             session = self._all.get(name)
-            if session is None or session.is_deleted:
+            if session is None or session.house.is_deleted:
                 session = self._make(name)
-                session.on_change = self._changed
+                session.house.on_change = self._listener(session)
                 path = self._path(name)
                 if path.exists():
-                    session.wait_in(path)
+                    session.house.wait_in(path)
                 self._all[name] = session
             return session
 
@@ -88,7 +88,7 @@ class Sessions:
         if new_name in self:
             raise SessionError(f"there is a session {new_name!r}; delete it first, or take another id")
         other = self[name].fork(new_name)
-        other.on_change = self._changed
+        other.house.on_change = self._listener(other)
         with self._lock:
             self._all[new_name] = self._awake[new_name] = other
         self._worker.call(self._make_room)
@@ -156,6 +156,16 @@ class Sessions:
         if self._held is None:
             raise SessionError("these sessions were closed; make new ones from the engine")
 
+    def _listener(self, session: Session) -> Callable[[], None]:
+        """What a session tells of itself; holds it no longer than others do."""
+        known = ref(session)
+
+        def changed() -> None:
+            if (found := known()) is not None:
+                self._changed(found)
+
+        return changed
+
     def _changed(self, session: Session) -> None:
         """Behind a turn, on the model's thread."""
         if session.name is None:
@@ -175,11 +185,11 @@ class Sessions:
         for number, (name, session) in enumerate(left):
             if total <= self._budget:
                 return
-            if session.is_waited_for:
+            if session.house.is_waited_for:
                 continue
             size = session.num_bytes
             try:
-                session.park(self._path(name))
+                session.house.park(self._path(name))
             except StoreError as error:  # the answer is there all the same
                 logger.warning("%d sessions stay in memory beyond the budget: %s", len(left) - number, error)
                 return

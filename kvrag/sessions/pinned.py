@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -33,7 +35,7 @@ class Opening:
     is_rendered: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Pinned:
     """An opening as it was read.
 
@@ -53,14 +55,55 @@ class Pinned:
         return self.table.end
 
 
-def pinning(caches: Caches, opening: Opening, *, stride: int) -> Work[Pinned]:
+Openings: TypeAlias = "WeakValueDictionary[Opening, Pinned]"
+"""What sessions of one engine have pinned: those with the same opening share its rows."""
+
+
+def pinning(caches: Caches, opening: Opening, shared: Openings, *, stride: int) -> Work[Pinned]:
     """Read an opening; documents that the store has are loaded, others read and put there.
 
     Args:
         caches: of the model.
         opening: the text.
+        shared: looked into first, and added to.
         stride: most tokens of a pass.
     """
+    found = shared.get(opening)
+    if found is None:
+        found = yield from _pinning(caches, opening, stride)
+        shared[opening] = found
+    return found
+
+
+def with_rows(pinned: Pinned, saved: SegmentTable) -> Pinned:
+    """The same with rows as they were once, of what is no document, where they are not the same bits.
+
+    Args:
+        pinned: as it was read now.
+        saved: segments of it as they were; they share nothing with other sessions.
+
+    Raises:
+        ValueError: of another opening.
+    """
+    mine = [s for s in pinned.table if s.document is None]
+    if [(s.target, s.native, s.kv.tokens) for s in mine] != [
+        (s.target, s.native, s.kv.tokens) for s in saved
+    ]:
+        raise ValueError("what is pinned is made of other tokens now")
+    pairs = list(zip(mine, saved, strict=True))
+    if all(_is_same(a.kv, b.kv) for a, b in pairs):
+        return pinned
+    rows = iter(saved)
+    table = SegmentTable(tuple(s if s.document is not None else next(rows) for s in pinned.table))
+    return replace(pinned, table=table)
+
+
+def _is_same(a: KV, b: KV) -> bool:
+    pairs = zip(a.layers, b.layers, strict=True)
+    return all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in pairs)
+
+
+def _pinning(caches: Caches, opening: Opening, stride: int) -> Work[Pinned]:
     text = caches.model.text
 
     def first(piece: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from kvrag.errors import InputError
-from kvrag.messages import Message, Tool, flat, from_user, normalized
+from kvrag.messages import Message, Tool, from_user, normalized
 from kvrag.prompt import INSTRUCTION
 from kvrag.sessions.pinned import Opening
 from kvrag.text import Text
@@ -108,11 +108,16 @@ class Rendering:
                 before = self._render(talk[:number], tools)
             if not before or not whole.startswith(before):
                 continue
-            said = flat(talk[number].get("content"))
+            said = str(talk[number]["content"])
             ends = {len(before): "assistant"}
-            at = whole.find(said, len(before)) if said else -1
-            if at >= 0 and not whole[len(before) : at].strip():  # some templates write a blank in front
-                ends[at + len(said)] = "user"
+            rest = whole[len(before) :]
+            leads = (0, len(rest) - len(rest.lstrip()))  # some templates write a blank in front
+            # Many leave out white space around it.
+            forms = ((lead, form) for form in (said, said.strip()) for lead in leads)
+            for lead, form in forms:
+                if form and rest.startswith(form, lead):
+                    ends[len(before) + lead + len(form)] = "user"
+                    break
             found |= {end: role for end, role in ends.items() if start < end < len(whole)}
             if len(before) <= start:
                 break

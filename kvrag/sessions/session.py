@@ -2,87 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 from kvrag.answer import Answer, Piece
 from kvrag.caches import Caches
 from kvrag.config import Sampling
-from kvrag.errors import ConfigError, GenerationCancelled, InputError, SessionDamaged, SessionError
+from kvrag.errors import GenerationCancelled, InputError
 from kvrag.memory.base import MemoryPolicy
 from kvrag.messages import Message, Tool
-from kvrag.model import Model
 from kvrag.prefill import Read, Work
 from kvrag.sessions import file
-from kvrag.sessions.pinned import Opening, pinning
+from kvrag.sessions.digest import TextDigest
+from kvrag.sessions.house import House
+from kvrag.sessions.lost import Forgotten, forgotten
+from kvrag.sessions.pinned import Openings
 from kvrag.sessions.rendering import Rendering
+from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import Talk
 from kvrag.sessions.turn import Asked, Recalls, read_prompt, turn
 from kvrag.streams import AnswerStream
-from kvrag.worker import PAUSE, Ask, Worker
-
-logger = logging.getLogger(__name__)
+from kvrag.worker import Ask, Worker
 
 T = TypeVar("T")
 History = str | Sequence[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """A run of tokens of a conversation that memory holds in few places, or nowhere.
-
-    Attributes:
-        start: number of its first token in the conversation, counted from 0.
-        end: the number behind its last one.
-        text: what they say.
-        share: of layers and heads, which share holds one of these tokens on average; 0: nowhere.
-    """
-
-    start: int
-    end: int
-    text: str
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a session is made with.
-
-    Attributes:
-        policy: of its memory.
-        system: its system prompt; None: what a history brings.
-        documents: texts that every conversation begins with; rows come from the store where it has them.
-        stride: most tokens that are read before they are inserted into the memory.
-        keeps_log: keep the tokens (4 bytes each), to say what was forgotten.
-        max_undo: turns that can be taken back.
-    """
-
-    policy: MemoryPolicy
-    system: str | None = None
-    documents: tuple[str, ...] = ()
-    stride: int = 128
-    keeps_log: bool = True
-    max_undo: int = 2
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ConfigError: names the setting, its value and what is allowed.
-        """
-        if self.stride < 1:
-            raise ConfigError(f"stride is {self.stride}; expected at least 1")
-        if self.max_undo < 0:
-            raise ConfigError(f"max_undo is {self.max_undo}; expected 0 or more")
-        if isinstance(self.documents, str) or not all(isinstance(d, str) for d in self.documents):
-            raise ConfigError("documents is not a list of texts")
 
 
 class Session:
@@ -107,20 +56,25 @@ class Session:
         settings: Settings,
         *,
         name: str | None = None,
+        openings: Openings | None = None,
         recalls: Recalls | None = None,
     ) -> None:
-        """Make an empty one; see `Engine.session`."""
+        """Make an empty one; see `Engine.session`.
+
+        Args:
+            caches: of the model.
+            worker: that runs it.
+            settings: what it is made with.
+            name: its id.
+            openings: what sessions of this engine have pinned.
+            recalls: brings back what the memory has lost.
+        """
         self.name, self.settings, self.recalls = name, settings, recalls
-        self._caches, self._worker = caches, worker
+        shared: Openings = WeakValueDictionary() if openings is None else openings
+        self.house = House(caches, worker, settings, name, shared)
+        """Where it lives; for whoever looks after many sessions."""
+        self._model, self._worker = caches.model, worker
         self._rendering = Rendering(caches.model.text, settings.system, settings.documents)
-        self._talk: Talk | None = None
-        self._parked: Path | None = None
-        self._is_deleted = False
-        self._turns: list[object] = []
-        self._is_settled = False  # a turn is complete, and its session not yet free
-        self._counts: tuple[int, int] | None = None  # tokens and turns of a parked one
-        self.on_change: Callable[[Session], None] | None = None
-        """Called on the model's thread behind every turn, while nothing else uses the session."""
 
     def send(self, message: str, *, sampling: Sampling | None = None) -> Answer:
         """Say something behind what was said, and wait for the answer.
@@ -180,10 +134,9 @@ class Session:
 
         def work() -> Work[torch.Tensor]:
             asked = yield from self._said(message)
-            assert self._talk is not None
-            return (yield from read_prompt(self._model, self._talk, asked, stride=self.settings.stride))
+            return (yield from read_prompt(self._model, self._talked, asked, stride=self.settings.stride))
 
-        return self._do(work)
+        return self.house.do(work)
 
     def undo(self, num_turns: int = 1) -> None:
         """Take back the last turns; the session is as it was before them.
@@ -192,68 +145,66 @@ class Session:
             InputError: so many cannot be taken back.
         """
 
-        def work() -> Work[None]:
-            known = len(self._talk.snapshots) if self._talk else 0
-            if not 1 <= num_turns <= known:
+        def undone() -> None:
+            talk = self._talk
+            known = len(talk.snapshots) if talk else 0
+            if talk is None or not 1 <= num_turns <= known:
                 raise InputError(
                     f"{num_turns} turns cannot be taken back; this session can take back {known} "
                     f"(it was made with max_undo={self.settings.max_undo})"
                 )
-            assert self._talk is not None
             for _ in range(num_turns):
-                self._talk.undo()
+                talk.undo()
             if self.recalls is not None:
-                self.recalls.undone(self._talk)
-            return
-            yield  # a generator that asks for nothing
+                self.recalls.undone(talk)
 
-        self._do(work)
+        self.house.do(partial(_at_once, undone))
 
     def fork(self, name: str | None = None) -> Session:
-        """Another session that goes on from here, independent of this one."""
+        """Another session that goes on from here, independent of this one.
 
-        def work() -> Work[Session]:
-            talk, recalls = self._talk, self.recalls
-            known_as = name
-            if recalls is not None:
-                known_as = name or uuid.uuid4().hex
-                recalls = recalls.fork(known_as, talk)
-            other = Session(self._caches, self._worker, self.settings, name=known_as, recalls=recalls)
-            other._talk = None if talk is None else talk.fork()
-            return other
-            yield
+        Args:
+            name: its id; None: it has none, or with an archive a new one.
+        """
+        if self.recalls is not None and name is None:
+            name = uuid.uuid4().hex
+        house = self.house
+        other = Session(
+            house.caches,
+            self._worker,
+            self.settings,
+            name=name,
+            openings=house.openings,
+        )
 
-        return self._do(work)
+        def forked() -> None:
+            if self.recalls is not None and name is not None:
+                other.recalls = self.recalls.fork(name, self._talk)
+            other.house.talk = None if self._talk is None else self._talk.fork()
+
+        house.do(partial(_at_once, forked))
+        return other
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file; `Engine.load_session` goes on from it, also in another process.
 
+        The tokens, if they are kept, lie in a file beside it: it is bounded by the budget.
+
         Raises:
-            StoreWriteError: disk full, read-only, no permission; a file that was there is still there.
+            StoreWriteError: disk full, read-only, no permission; what was there is still there.
             InputError: nothing was said yet.
         """
-
-        def work() -> Work[None]:
-            self._write(Path(path))
-            return
-            yield
-
-        self._do(work)
+        self.house.do(partial(_at_once, lambda: self.house.write(Path(path))))
 
     def delete(self) -> None:
-        """Forget everything; the session cannot be used any more, and a file it is parked in is removed."""
+        """Forget everything, archive and parked file included; the session cannot be used any more."""
 
-        def work() -> Work[None]:
+        def deleted() -> None:
             if self.recalls is not None:
                 self.recalls.delete()
-            self._talk, self._is_deleted = None, True
-            if self._parked is not None:
-                file.delete(self._parked)
-            self._parked = self._counts = None
-            return
-            yield
+            self.house.delete()
 
-        self._do(work)
+        self.house.do(partial(_at_once, deleted), wakes=False)
 
     def forgotten(self, *, at_most: float = 0.0) -> list[Forgotten]:
         """Parts of the conversation that the memory has lost, oldest first.
@@ -264,32 +215,23 @@ class Session:
         Raises:
             InputError: the session does not keep its tokens.
         """
+        if not self.settings.keeps_log:
+            raise InputError("this session was made with keeps_log=False, so nobody knows what it forgot")
 
-        def work() -> Work[list[Forgotten]]:
-            if not self.settings.keeps_log:
-                raise InputError("this session was made with keeps_log=False, so nobody knows what it forgot")
-            return [] if self._talk is None else _forgotten(self._talk, self._model.text.decode, at_most)
-            yield
+        def lost() -> list[Forgotten]:
+            return [] if self._talk is None else forgotten(self._talk, self._model.text.decode, at_most)
 
-        return self._do(work)
+        return self.house.do(partial(_at_once, lost))
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation so far, what is pinned left out."""
-        return self._counted()[0]
+        return self.house.counted[0]
 
     @property
     def num_turns(self) -> int:
         """Complete turns."""
-        return self._counted()[1]
-
-    def _counted(self) -> tuple[int, int]:
-        if (talk := self._talk) is not None:
-            return talk.state.seen, talk.num_turns
-        if self._parked is not None and self._counts is None:  # by another process
-            manifest = file.read(self._parked)[1]
-            self._counts = int(manifest["num_tokens"]), int(manifest["num_turns"])
-        return self._counts or (0, 0)
+        return self.house.counted[1]
 
     @property
     def num_bytes(self) -> int:
@@ -300,21 +242,17 @@ class Session:
     @property
     def is_busy(self) -> bool:
         """A turn runs or waits."""
-        return bool(self._turns)
+        return self.house.is_busy
 
     @property
-    def is_waited_for(self) -> bool:
-        """Somebody waits for his turn behind the one that runs, or that has just been complete."""
-        return len(self._turns) > 1 or (bool(self._turns) and not self._is_settled)
+    def _talk(self) -> Talk | None:
+        return self.house.talk
 
     @property
-    def is_deleted(self) -> bool:
-        """`delete` was called."""
-        return self._is_deleted
-
-    @property
-    def _model(self) -> Model:
-        return self._caches.model
+    def _talked(self) -> Talk:
+        """The conversation, where there is one for sure."""
+        assert self.house.talk is not None
+        return self.house.talk
 
     def _submitted(
         self, ask: Callable[[], Work[Asked]], sampling: Sampling | None, *, may_lose: bool = False
@@ -327,53 +265,22 @@ class Session:
     ) -> Generator[Piece | Answer | Ask, Read, None]:
         def work() -> Generator[Piece | Ask, Read, Answer]:
             asked = yield from ask()
-            assert self._talk is not None
-            answer = yield from turn(
-                self._model,
-                self._talk,
-                asked,
-                sampling,
-                stride=self.settings.stride,
-                recalls=self.recalls,
-            )
-            self._is_settled = True
-            if self.on_change is not None:
-                self.on_change(self)
-            return answer
-
-        yield (yield from self._alone(work, may_lose=may_lose))
-
-    def _do(self, work: Callable[[], Generator[Any, Any, T]]) -> T:
-        """Work on the model's thread, when no turn runs."""
-        return self._worker.do(lambda: self._alone(work))
-
-    def _alone(
-        self, work: Callable[[], Generator[Any, Any, T]], *, may_lose: bool = False
-    ) -> Generator[Any, Any, T]:
-        """Work that has the session to itself; who came first is first.
-
-        Args:
-            work: what is to be done.
-            may_lose: a session that is parked in a damaged file begins anew: a history comes whole.
-        """
-        mine = object()
-        self._turns.append(mine)
-        try:
-            while self._turns[0] is not mine:
-                yield PAUSE
-            if self._is_deleted:
-                raise SessionError(
-                    f"the session {self.name or ''} was deleted; make a new one".replace("  ", " ")
+            return (
+                yield from turn(
+                    self._model,
+                    self._talked,
+                    asked,
+                    sampling,
+                    stride=self.settings.stride,
+                    recalls=self.recalls,
                 )
-            self._wake(may_lose)
-            return (yield from work())
-        finally:
-            self._turns.remove(mine)
-            self._is_settled = False
+            )
+
+        yield (yield from self.house.alone(work, may_lose=may_lose))
 
     def _said(self, message: str) -> Work[Asked]:
         """What a message adds."""
-        if self._talk is None or not self._talk.digest.length:
+        if self._talk is None or self._talk.is_empty:
             whole: History = (
                 [{"role": "user", "content": message}] if self._rendering.has_template else message
             )
@@ -395,81 +302,21 @@ class Session:
         if talk is not None and talk.pinned.opening == opening:
             known = talk.known_beginning(text)
         if known is None:
-            anew = talk is not None and talk.digest.length > 0
-            yield from self._begin(opening)
-            known = (0, 0)
-        go_back, start = known
+            anew = talk is not None and not talk.is_empty
+            yield from self.house.begin(opening)
+            known = (0, TextDigest())
+        go_back, before = known
+        start = before.length
         at = len(opening.text) + start
         borders = {} if isinstance(history, str) else writes.borders(history, tools, whole, at)
         return Asked(
             text[start:],
             {border - at: role for border, role in borders.items()},
             go_back,
+            before,
             anew,
             first=not opening.is_rendered and not at,
             said=_last_said(history),
-        )
-
-    def _begin(self, opening: Opening) -> Work[None]:
-        """An empty conversation behind an opening; what was read before is let go first."""
-        old, settings = self._talk, self.settings
-        self._talk = None
-        if old is not None and old.pinned.opening == opening:
-            pinned = old.pinned
-        else:
-            pinned = yield from pinning(self._caches, opening, stride=settings.stride)
-        del old
-        self._talk = Talk(
-            self._model, settings.policy, pinned, keeps_log=settings.keeps_log, max_undo=settings.max_undo
-        )
-
-    def _write(self, path: Path) -> None:
-        if self._talk is None:
-            raise InputError("nothing was said yet, so there is nothing to save")
-        settings = self.settings
-        about = {
-            "name": self.name,
-            "system": settings.system,
-            "documents": list(settings.documents),
-            "stride": settings.stride,
-            "keeps_log": settings.keeps_log,
-            "max_undo": settings.max_undo,
-        }
-        file.save(path, self._talk, settings.policy, self._model, about)
-
-    def park(self, path: Path) -> None:
-        """Write everything to a file and keep nothing; only on the model's thread, between turns.
-
-        Raises:
-            StoreWriteError: it cannot be written; the session stays in memory.
-        """
-        if self._talk is not None:
-            self._write(path)
-            self._counts = self._talk.state.seen, self._talk.num_turns
-            self._talk = None
-        self._parked = path
-
-    def wait_in(self, path: Path) -> None:
-        """Be the session that a file holds, from its next use on."""
-        self._parked = path
-
-    def _wake(self, may_lose: bool) -> None:
-        """Come back from the file that the session is parked in."""
-        if self._parked is None or self._talk is not None:
-            return
-        try:
-            tensors, manifest = file.read(self._parked)
-            self._take(tensors, manifest)
-        except (SessionDamaged, ConfigError) as error:
-            if not may_lose:
-                raise
-            logger.warning("session %s is read anew: %s", self.name, error)
-        self._parked = None
-
-    def _take(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
-        settings = self.settings
-        self._talk = file.load(
-            dict(tensors), manifest, self._model, settings.policy, max_undo=settings.max_undo
         )
 
 
@@ -477,23 +324,25 @@ def loaded_session(
     caches: Caches,
     worker: Worker,
     path: Path,
-    policy: MemoryPolicy,
+    policy: MemoryPolicy | None,
     *,
+    openings: Openings,
     recalls: Callable[[str | None], Recalls | None] = lambda _: None,
 ) -> Session:
     """The session that a file holds; see `Engine.load_session`."""
-    tensors, manifest = file.read(path)
-    about = manifest["about"]
+    saved = file.read(path)
+    about = saved.manifest["about"]
     settings = Settings(
-        policy,
+        file.policy_of(saved.manifest) if policy is None else policy,
         about["system"],
         tuple(about["documents"]),
         int(about["stride"]),
         bool(about["keeps_log"]),
         int(about["max_undo"]),
     )
-    session = Session(caches, worker, settings, name=about["name"], recalls=recalls(about["name"]))
-    worker.call(lambda: session._take(tensors, manifest))
+    name = about["name"]
+    session = Session(caches, worker, settings, name=name, openings=openings, recalls=recalls(name))
+    worker.do(lambda: session.house.take(saved))
     return session
 
 
@@ -513,21 +362,15 @@ async def _awaited(stream: AnswerStream) -> Answer:
     return stream.answer
 
 
+def _at_once(function: Callable[[], T]) -> Work[T]:
+    """Work that asks for nothing."""
+    yield from ()
+    return function()
+
+
 def _last_said(history: History) -> str:
     """What the user said last."""
     if isinstance(history, str):
         return history
     said = [str(m.get("content") or "") for m in history if m.get("role") == "user"]
     return said[-1] if said else ""
-
-
-def _forgotten(talk: Talk, decode: Callable[[Sequence[int]], str], at_most: float) -> list[Forgotten]:
-    """Runs of neighbouring tokens that are held in at most this share of layers and heads."""
-    assert talk.log is not None
-    shares = talk.shares()
-    lost = (shares <= at_most).tolist()
-    borders = [i for i in range(len(lost) + 1) if (i < len(lost) and lost[i]) != (i > 0 and lost[i - 1])]
-    return [
-        Forgotten(start, end, decode(talk.log[start:end].tolist()), float(shares[start:end].mean()))
-        for start, end in zip(borders[::2], borders[1::2], strict=True)
-    ]

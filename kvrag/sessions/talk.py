@@ -23,13 +23,13 @@ class Snapshot:
     """A conversation as it was between two turns, and what brings it back.
 
     Attributes:
-        digest: of its text.
+        digests: of its text, and of forms in which it may come back.
         state: of the policy.
         num_tokens: of the conversation.
         journal: what the turn behind it wrote over.
     """
 
-    digest: TextDigest
+    digests: tuple[TextDigest, ...]
     state: dict[str, torch.Tensor]
     num_tokens: int
     journal: Journal
@@ -49,7 +49,7 @@ class Talk:
 
     Attributes:
         pinned: what stands in front.
-        digest: of the text behind that, read and answered.
+        digests: of the text behind that, read and answered, and of forms in which it may come back.
         state: which entry is where.
         rows: the entries.
         log: every token of the conversation, 4 bytes each; None if they are not kept.
@@ -85,7 +85,7 @@ class Talk:
             model.num_layers, heads.pop(), pinned=pinned.num_tokens, device=model.device
         )
         self.rows = MemoryRows(model.specs, model.shapes, dtype=model.dtype, device=model.device)
-        self.digest = TextDigest()
+        self.digests: tuple[TextDigest, ...] = (TextDigest(),)
         self.log: array[int] | None = array("i") if keeps_log else None
         self.snapshots: list[Snapshot] = []
         self.num_turns = 0
@@ -124,15 +124,25 @@ class Talk:
         """Bytes of the rows, and of what takes turns back."""
         return self.rows.num_bytes + sum(snapshot.journal.num_bytes for snapshot in self.snapshots)
 
-    def known_beginning(self, text: str) -> tuple[int, int] | None:
-        """How many turns to take back, and how many characters of a text are known then; None: nothing fits.
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was said."""
+        return not self.digests[0].length
+
+    def known_beginning(self, text: str) -> tuple[int, TextDigest] | None:
+        """How many turns to take back, and the text's beginning that is known then; None: nothing fits.
 
         Something of the text is always left to be read.
         """
-        known = [*(snapshot.digest for snapshot in self.snapshots), self.digest]
-        shorter = [digest for digest in known if digest.length < len(text)]
-        number = longest(shorter, text)
-        return None if number is None else (len(known) - 1 - number, shorter[number].length)
+        states = [*(snapshot.digests for snapshot in self.snapshots), self.digests]
+        known = [
+            (len(states) - 1 - i, digest)
+            for i, digests in enumerate(states)
+            for digest in digests
+            if digest.length < len(text)
+        ]
+        number = longest([digest for _, digest in known], text)
+        return None if number is None else known[number]
 
     @property
     def went_back(self) -> bool:
@@ -148,12 +158,21 @@ class Talk:
         self._undone = [self._undo() for _ in range(go_back)]
         self._mark = self._snapshot(self.rows.begin())
 
-    def commit(self, text: str) -> None:
-        """The turn is complete, and its text part of the conversation."""
+    def commit(self, before: TextDigest | None, said: str, answer: str) -> None:
+        """The turn is complete, and its text part of the conversation.
+
+        Args:
+            before: the text behind which it was said; None: the conversation's own.
+            said: the turn's new text.
+            answer: what stands behind it. Many templates leave out white space around it when it comes back.
+        """
         assert self._mark is not None
         self.rows.end()
         self.snapshots = [*self.snapshots, self._mark][-self._max_undo :] if self._max_undo else []
-        self.digest, self._mark, self._undone = self.digest.add(text), None, []
+        forms = dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip()))
+        start = (self.digests[0] if before is None else before).add(said)
+        self.digests = tuple(start.add(form) for form in forms)
+        self._mark, self._undone = None, []
         self.num_turns += 1
 
     def again(self) -> None:
@@ -190,14 +209,14 @@ class Talk:
         return _Undone(before, replace(now, journal=back), log)
 
     def _snapshot(self, journal: Journal) -> Snapshot:
-        return Snapshot(self.digest, self.state.state(), self.state.seen, journal)
+        return Snapshot(self.digests, self.state.state(), self.state.seen, journal)
 
     def _restore(self, snapshot: Snapshot) -> Journal:
         """Go to a snapshot; gives what goes the other way."""
         self.rows.end()
         back = self.rows.revert(snapshot.journal)
         self.state.restore(snapshot.state)
-        self.digest = snapshot.digest
+        self.digests = snapshot.digests
         if self.log is not None:
             del self.log[snapshot.num_tokens :]
         return back
@@ -207,7 +226,7 @@ class Talk:
         model, policy = self._model, self._policy
         other = Talk(model, policy, self.pinned, keeps_log=False, max_undo=self._max_undo)
         other.state.restore(self.state.state())
-        other.rows, other.digest = self.rows.copy(), self.digest
+        other.rows, other.digests = self.rows.copy(), self.digests
         other.log = None if self.log is None else self.log[:]
         other.snapshots, other.num_turns = list(self.snapshots), self.num_turns
         return other
@@ -215,11 +234,11 @@ class Talk:
     def num_remembered(self) -> tuple[int, float]:
         """Tokens that at least one layer and head holds, and the share that an average one holds."""
         ids = self.state.ids
-        held = ids[ids >= 0]
-        groups = ids.shape[0] * ids.shape[1]
+        held, groups = ids[ids >= 0], ids.shape[0] * ids.shape[1]
         if not self.state.seen:
             return 0, 1.0
-        return len(held.unique()), len(held) / groups / self.state.seen
+        counts = torch.bincount(held, minlength=self.state.seen)
+        return int((counts > 0).sum()), len(held) / groups / self.state.seen
 
     def shares(self) -> torch.Tensor:
         """[tokens], float32: for each token of the conversation, which share of layers and heads holds it."""

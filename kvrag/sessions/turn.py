@@ -18,6 +18,7 @@ from kvrag.model import Model
 from kvrag.plan import Literal, PromptPlan
 from kvrag.prefill import Read, Work
 from kvrag.segments import SegmentTable
+from kvrag.sessions.digest import TextDigest
 from kvrag.sessions.talk import Talk
 from kvrag.worker import Ask
 from kvrag.written import Written
@@ -35,6 +36,7 @@ class Asked:
         borders: places in it at which it is cut before it becomes tokens and strides, ascending, and who
             speaks from there on; before them it is the user.
         go_back: turns that are taken back first.
+        before: the text that it stands behind, in the form in which it came; None: as the talk has it.
         anew: the conversation is a new one.
         first: the text begins with what the tokenizer puts in front of one (BOS).
         said: what the user said last, as an archive is to be searched for it.
@@ -43,6 +45,7 @@ class Asked:
     new: str
     borders: Mapping[int, str] = field(default_factory=dict)
     go_back: int = 0
+    before: TextDigest | None = None
     anew: bool = False
     first: bool = False
     said: str = ""
@@ -194,7 +197,7 @@ def _turn(
         yield from reading.reading(left.unread)
     reading.insert()
     spans = recalls.looked(reading.extra_mass) if recalls is not None else ()
-    talk.commit(asked.new + written.text)
+    talk.commit(asked.before, asked.new, written.text)
     if recalls is not None:
         recalls.settle(talk)
     return _answer(model, talk, asked, pieces, sampling, written, step, laps, spans)

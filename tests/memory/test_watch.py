@@ -53,7 +53,8 @@ def probabilities(
     """[H, q, m + q]: of the stride's queries, to what is in memory, oldest first, and to the stride."""
     call, spec = calls[layer], found.specs[layer]
     rows = reader.rows.layers[layer]
-    keys, places = [], []
+    keys: list[torch.Tensor] = []
+    places: list[int] = []
     for run in reader.state.runs:
         part = slice(run.slot, run.slot + run.length)
         turned = rows.keys[:, part]

@@ -1,0 +1,37 @@
+"""What a conversation's memory has lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvrag.sessions.talk import Talk
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A run of tokens of a conversation that memory holds in few places, or nowhere.
+
+    Attributes:
+        start: number of its first token in the conversation, counted from 0.
+        end: the number behind its last one.
+        text: what they say.
+        share: of layers and heads, which share holds one of these tokens on average; 0: nowhere.
+    """
+
+    start: int
+    end: int
+    text: str
+    share: float
+
+
+def forgotten(talk: Talk, decode: Callable[[Sequence[int]], str], at_most: float) -> list[Forgotten]:
+    """Runs of neighbouring tokens that are held in at most this share of layers and heads."""
+    assert talk.log is not None
+    shares = talk.shares()
+    lost = (shares <= at_most).tolist()
+    borders = [i for i in range(len(lost) + 1) if (i < len(lost) and lost[i]) != (i > 0 and lost[i - 1])]
+    return [
+        Forgotten(start, end, decode(talk.log[start:end].tolist()), float(shares[start:end].mean()))
+        for start, end in zip(borders[::2], borders[1::2], strict=True)
+    ]
