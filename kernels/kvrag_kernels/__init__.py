@@ -2,8 +2,11 @@
 
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
 from kvrag_kernels.segment_attention import (
+    AnyRows,
     Attended,
     Group,
+    PagedRows,
+    QuantisedRows,
     RowMask,
     Rows,
     Turn,
@@ -13,13 +16,17 @@ from kvrag_kernels.segment_attention import (
     part_mass,
     parted_attention,
     segment_attention,
+    segment_attention_many,
     segment_attention_reference,
 )
 
 __all__ = [
+    "AnyRows",
     "Attended",
     "CascadeUpdate",
     "Group",
+    "PagedRows",
+    "QuantisedRows",
     "RowMask",
     "Rows",
     "Turn",
@@ -31,5 +38,6 @@ __all__ = [
     "part_mass",
     "parted_attention",
     "segment_attention",
+    "segment_attention_many",
     "segment_attention_reference",
 ]

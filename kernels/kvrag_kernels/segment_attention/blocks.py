@@ -24,7 +24,9 @@ def pairs_of(d, R: tl.constexpr, START: tl.constexpr, INTERLEAVED: tl.constexpr)
         sign = tl.where((rel & 1) == 0, -1.0, 1.0)
     else:
         pair = rel % R
-        partner = START + (rel + R) % (2 * R)  # not a select: the compiler sees that neighbours stay neighbours
+        partner = START + (rel + R) % (
+            2 * R
+        )  # not a select: the compiler sees that neighbours stay neighbours
         sign = tl.where(rel < R, -1.0, 1.0)
     return rotated, tl.where(rotated, pair, 0), tl.where(rotated, partner, d), sign
 
@@ -38,13 +40,11 @@ def from_e4m3(bits):
 
 
 @triton.jit
-def steps_of(
-    base, offsets, first, ok, D: tl.constexpr, FORM: tl.constexpr, SWAP: tl.constexpr
-):
+def steps_of(base, offsets, first, ok, D: tl.constexpr, FORM: tl.constexpr, SWAP: tl.constexpr):
     """Numbers of eight or four bits as float32, [N, DP].
 
-    Rows begin `offsets` [N] bytes behind `base`; `first` says which bytes of a row are read, [DP], or [DP // 2]
-    for four bits, which SWAP takes upper half first.
+    Rows begin `offsets` [N] bytes behind `base`; `first` says which bytes of a row are read, [DP], or
+    [DP // 2] for four bits, which SWAP takes upper half first.
     """
     if FORM == INT4:
         seen = ok[:, None] & (first < D // 2)[None, :]
@@ -68,7 +68,7 @@ def steps_of(
 def packed_keys(
     base, row, scale, zero, rest, full, j, ok, channels, first,
     D: tl.constexpr, FORM: tl.constexpr, SWAP: tl.constexpr,
-):
+):  # fmt: skip
     """Keys of rows `j` [N] and `channels` [DP], not rotated, float32."""
     if FORM == FP8:
         x = steps_of(base, j * row, first, ok, D, FORM, SWAP)
@@ -90,7 +90,7 @@ def packed_keys(
 def packed_values(
     base, row, scale, zero, j, ok,
     DV: tl.constexpr, DVP: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr,
-):
+):  # fmt: skip
     """Values of rows `j`, float32, [N, DVP]."""
     channels = tl.arange(0, DVP)
     if FORM == INT4:
@@ -112,7 +112,7 @@ def turned_keys(
     base, row, scale, zero, rest, full, block, ok, LOCAL_COS, LOCAL_SIN, num_local,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, START: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROTATED: tl.constexpr, FORM: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     """Keys of a block, unpacked and rotated at their local positions, float32, [BN, DP].
 
     The angle of row block * BN + r is that of the block's first row plus that of row r: two small tables
@@ -153,7 +153,7 @@ def turned_query(
     Q, offsets, ok, COS, SIN, turn_rows,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, START: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROTATED: tl.constexpr,
-):
+):  # fmt: skip
     """Query rows at `offsets` [M], rotated in float32 by rows `turn_rows` [M] of the tables, rounded once."""
     d = tl.arange(0, DP)
     seen = ok[:, None] & (d < D)[None, :]
@@ -187,7 +187,9 @@ def attend_block(query, keys, values, seen, top, total, part, out, factor, softc
         scores = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * scores * softcap, 80.0)) + 1.0)
     scores = tl.where(seen, scores * factor, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, 1))
-    safe = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: no difference of infinities
+    safe = tl.where(
+        highest == float("-inf"), 0.0, highest
+    )  # nothing seen so far: no difference of infinities
     weights = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(top - safe)
     gained = tl.sum(weights, 1)

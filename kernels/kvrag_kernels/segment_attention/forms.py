@@ -40,7 +40,7 @@ class PagedRows:
         if not 0 <= self.num_rows <= room:
             raise ValueError(f"{self.pages.shape[0]} pages hold {room} rows, not {self.num_rows}")
 
-    def rows(self, dtype: torch.dtype) -> Rows:  # noqa: ARG002 - pages have their rows' own type
+    def rows(self, dtype: torch.dtype) -> Rows:
         """The rows in one run, copied."""
         keys, values = (_gathered(pool, self.pages, self.num_rows) for pool in (self.keys, self.values))
         return Rows(keys, values, self.first_row, self.mask, self.causal, self.in_group)

@@ -69,7 +69,9 @@ def first_block(split, share, grouped, total, GROUPED: tl.constexpr):
 def split_of(block, share, grouped, GROUPED: tl.constexpr):
     """The split that reads a block."""
     if GROUPED:
-        split = tl.where(block < grouped, block // share, tl.cdiv(grouped, share) + (block - grouped) // share)
+        split = tl.where(
+            block < grouped, block // share, tl.cdiv(grouped, share) + (block - grouped) // share
+        )
     else:
         split = block // share
     return split
@@ -86,13 +88,13 @@ def attend_kernel(
     SOFTCAP: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PAGED: tl.constexpr,
     FORM: tl.constexpr, VALUE_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     SP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     """Attention of BM packed query rows of one key head to one split of all rows.
 
-    Writes the split's output [B, K, P, G * T, Dv] and base-two log-sum-exp [B, K, P, G * T], and the latter of
-    every segment's part of the split: [B, K, S + P, G * T], that of segment s in split p at s + p. Both never
-    fall along the rows, so every place belongs to one pair, and every program fills those between its own first
-    and the next one's.
+    Writes the split's output [B, K, P, G * T, Dv] and base-two log-sum-exp [B, K, P, G * T], and the
+    latter of every segment's part of the split: [B, K, S + P, G * T], that of segment s in split p at
+    s + p. Both never fall along the rows, so every place belongs to one pair, and every program fills
+    those between its own first and the next one's.
     """
     split, splits = tl.program_id(2), tl.num_programs(2)
     bk = tl.program_id(1)
@@ -152,7 +154,10 @@ def attend_kernel(
             values_at = tl.load(line + VALUES).to(tl.pointer_type(tl.uint8)) + k * tl.load(line + VALUE_HEAD)
             if ALIGNED:
                 packed, values_at = tl.multiple_of(packed, 16), tl.multiple_of(values_at, 16)
-            scale_head, value_scale_head = k * tl.load(line + KEY_SCALE_HEAD), k * tl.load(line + VALUE_SCALE_HEAD)
+            scale_head, value_scale_head = (
+                k * tl.load(line + KEY_SCALE_HEAD),
+                k * tl.load(line + VALUE_SCALE_HEAD),
+            )
             if FORM == 1:
                 key_scale = tl.load(line + KEY_SCALE).to(tl.pointer_type(tl.float32)) + scale_head
                 value_scale = tl.load(line + VALUE_SCALE).to(tl.pointer_type(tl.float32)) + value_scale_head
@@ -205,7 +210,9 @@ def attend_kernel(
                 key_offsets = j.to(tl.int64) * key_row
                 value_offsets = j.to(tl.int64) * value_row
             keys = tl.load(
-                keys_at + key_offsets[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
+                keys_at + key_offsets[:, None] + d[None, :],
+                mask=inside[:, None] & (d < D)[None, :],
+                other=0.0,
             )
             values = tl.load(
                 rows_at + value_offsets[:, None] + dv[None, :],
@@ -233,11 +240,14 @@ def merge_kernel(
     OUT, SPLIT, PIECES, TABLE, LENGTHS, SINKS, MERGED, MASS,
     num_segments, num_grouped, num_rows, kv_heads, splits, num_queries, group_power,
     G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, HAS_SINKS: tl.constexpr, GROUPED: tl.constexpr,
-    SP: tl.constexpr, PP: tl.constexpr, PB: tl.constexpr, JB: tl.constexpr, BN: tl.constexpr,
+    SP: tl.constexpr, PP: tl.constexpr, PB: tl.constexpr, JB: tl.constexpr, RB: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """One packed query row: the splits' outputs by their weights, and every segment's mass."""
-    row, bk = tl.program_id(0), tl.program_id(1)
+    """RB packed query rows: the splits' outputs by their weights, and every segment's mass."""
+    bk = tl.program_id(1)
     b, k = bk // kv_heads, bk % kv_heads
+    row = tl.program_id(0) * RB + tl.arange(0, RB)
+    known = row < num_rows
     ids = tl.arange(0, SP)
     real = ids < num_segments
     lengths = tl.load(LENGTHS + b * num_segments + ids, mask=real, other=0)
@@ -246,54 +256,65 @@ def merge_kernel(
     grouped = tl.sum(tl.where(ids < num_grouped, blocks, 0), 0)
     share = blocks_per_split(tl.sum(blocks, 0), splits, GROUPED)
     inside = tl.cdiv(grouped, share)  # splits that read of the group
-    first = (bk * splits).to(tl.int64) * num_rows + row
+    first = (bk * splits).to(tl.int64) * num_rows
     p = tl.arange(0, PP)
-    scores = tl.load(SPLIT + first + p * num_rows, mask=p < splits, other=float("-inf"))
-    shift = 0.0
+    seen = (p < splits)[:, None] & known[None, :]
+    scores = tl.load(SPLIT + first + p[:, None] * num_rows + row[None, :], mask=seen, other=float("-inf"))
+    shift = tl.zeros((RB,), tl.float32)
     if GROUPED:
-        of_group = tl.where(p < inside, scores, float("-inf"))
+        of_group = tl.where((p < inside)[:, None], scores, float("-inf"))
         highest = tl.max(of_group, 0)
         safe = tl.where(highest == float("-inf"), 0.0, highest)
-        within = log_sum(safe, tl.sum(tl.exp2(of_group - safe), 0))
+        within = log_sum(safe, tl.sum(tl.exp2(of_group - safe[None, :]), 0))
         shift = tl.where(highest == float("-inf"), 0.0, group_power * within)
-        scores = tl.where(p < inside, scores + shift, scores)
+        scores = tl.where((p < inside)[:, None], scores + shift[None, :], scores)
     highest = tl.max(scores, 0)
     if HAS_SINKS:
-        sink = tl.load(SINKS + k * G + row // num_queries).to(tl.float32) * LOG2_E
+        sink = tl.load(SINKS + k * G + row // num_queries, mask=known, other=0.0).to(tl.float32) * LOG2_E
         highest = tl.maximum(highest, sink)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(scores - safe), 0)
+    total = tl.sum(tl.exp2(scores - safe[None, :]), 0)
     if HAS_SINKS:
         total += tl.exp2(sink - safe)
     total = tl.where(total > 0, total, 1.0)
 
     dv = tl.arange(0, DVP)
-    merged = tl.zeros((DVP,), tl.float32)
+    merged = tl.zeros((RB, DVP), tl.float32)
     for start in range(0, splits, PB):
         q = start + tl.arange(0, PB)
-        score = tl.load(SPLIT + first + q * num_rows, mask=q < splits, other=float("-inf"))
+        at = first + q[:, None] * num_rows + row[None, :]
+        score = tl.load(SPLIT + at, mask=(q < splits)[:, None] & known[None, :], other=float("-inf"))
         if GROUPED:
-            score = tl.where(q < inside, score + shift, score)
-        weight = tl.exp2(score - safe) / total
-        at = (first + q * num_rows)[:, None] * DV + dv[None, :]
+            score = tl.where((q < inside)[:, None], score + shift[None, :], score)
+        weight = tl.exp2(score - safe[None, :]) / total[None, :]
         # A split that saw nothing has written nothing.
-        part = tl.load(OUT + at, mask=(weight > 0)[:, None] & (dv < DV)[None, :], other=0.0)
-        merged += tl.sum(part * weight[:, None], 0)
-    place = (bk * num_rows + row).to(tl.int64)
-    tl.store(MERGED + place * DV + dv, merged.to(MERGED.dtype.element_ty), mask=dv < DV)
+        written = (weight > 0)[:, :, None] & (dv < DV)[None, None, :]
+        part = tl.load(OUT + at[:, :, None] * DV + dv[None, None, :], mask=written, other=0.0)
+        merged += tl.sum(part * weight[:, :, None], 0)
+    place = (bk * num_rows).to(tl.int64) + row
+    tl.store(
+        MERGED + place[:, None] * DV + dv[None, :],
+        merged.to(MERGED.dtype.element_ty),
+        mask=known[:, None] & (dv < DV)[None, :],
+    )
 
-    there = real & (blocks > 0)
+    filled = real & (blocks > 0)
     lowest = split_of(ends - blocks, share, grouped, GROUPED)
     uppermost = split_of(ends - 1, share, grouped, GROUPED)
-    most = tl.max(tl.where(there, uppermost - lowest + 1, 0), 0)
-    mass = tl.zeros((SP,), tl.float32)
-    start = (bk * (num_segments + splits)).to(tl.int64) * num_rows + row
+    most = tl.max(tl.where(filled, uppermost - lowest + 1, 0), 0)
+    mass = tl.zeros((SP, RB), tl.float32)
+    start = (bk * (num_segments + splits)).to(tl.int64) * num_rows
     for j0 in range(0, most, JB):
         at = lowest[:, None] + j0 + tl.arange(0, JB)[None, :]
-        known = there[:, None] & (at <= uppermost[:, None])
-        score = tl.load(PIECES + start + (ids[:, None] + at) * num_rows, mask=known, other=float("-inf"))
+        read = (filled[:, None] & (at <= uppermost[:, None]))[:, :, None] & known[None, None, :]
+        places = (ids[:, None] + at)[:, :, None] * num_rows + row[None, None, :]
+        score = tl.load(PIECES + start + places, mask=read, other=float("-inf"))
         if GROUPED:
-            score = tl.where((ids < num_grouped)[:, None], score + shift, score)
-        mass += tl.sum(tl.exp2(score - safe), 1)
+            score = tl.where((ids < num_grouped)[:, None, None], score + shift[None, None, :], score)
+        mass += tl.sum(tl.exp2(score - safe[None, None, :]), 1)
     slots = tl.load(TABLE + (b * num_segments + ids) * WIDTH + SLOT, mask=real, other=-1)
-    tl.store(MASS + slots * tl.num_programs(1) * num_rows + place, mass / total, mask=slots >= 0)
+    tl.store(
+        MASS + slots[:, None] * tl.num_programs(1) * num_rows + place[None, :],
+        mass / total[None, :],
+        mask=(slots >= 0)[:, None] & known[None, :],
+    )

@@ -30,7 +30,8 @@ class Tuning:
     Attributes:
         queries: packed query rows of a program, a power of two from 16.
         block: rows of keys read at once, a power of two from 16.
-        splits: programs that share the rows of one key head and one block of queries, from 1 (2 with a group).
+        splits: programs that share the rows of one key head and block of queries; at least 2 with a group.
+        merged: packed query rows of a program of the second kernel, a power of two.
         warps: of a program.
         stages: blocks under way at once.
     """
@@ -38,6 +39,7 @@ class Tuning:
     queries: int
     block: int
     splits: int
+    merged: int = 1
     warps: int = 4
     stages: int = 3
 
@@ -61,7 +63,8 @@ def tuning_for(
     others = batch * kv_heads * -(-heads // kv_heads * num_rows // queries)
     fitting = _PROGRAMS_PER_PROCESSOR * _processors(query.device) // max(1, others)
     splits = max(1, min(fitting, -(-longest // block) + num_segments))
-    return Tuning(queries, block, max(2, splits) if grouped else splits, 4 if dim <= 128 else 8)
+    merged = 1 if queries == 16 and query.is_cuda else 8
+    return Tuning(queries, block, max(2, splits) if grouped else splits, merged, 4 if dim <= 128 else 8)
 
 
 class StaticAttention:
@@ -189,7 +192,7 @@ class StaticAttention:
             SOFTCAP=self._softcap is not None,
             GROUPED=self._group is not None,
             MASKED=table.has_masks,
-            PAGED=table.page > 1,
+            PAGED=table.page > 0,
             FORM=_FORMS[table.form],
             VALUE_WIDTH=width(self._value_size),
             ALIGNED=16 // query.element_size() if table.is_aligned else 0,
@@ -212,7 +215,8 @@ class StaticAttention:
         groups, splits = heads // self._kv_heads, self.tuning.splits
         size = max(16, _power(self._value_size))
         places = _power(self._places)
-        merge_kernel[(groups * num_rows, batch * self._kv_heads)](
+        merged = self.tuning.merged
+        merge_kernel[(-(-groups * num_rows // merged), batch * self._kv_heads)](
             self._partial,
             self._split,
             self._pieces,
@@ -235,11 +239,31 @@ class StaticAttention:
             GROUPED=self._group is not None,
             SP=places,
             PP=_power(splits),
-            PB=min(_power(splits), max(1, 4096 // size)),
-            JB=min(8, max(1, 2048 // places)),
+            PB=min(_power(splits), max(1, 4096 // (size * merged))),
+            JB=min(8, max(1, 2048 // (places * merged))),
+            RB=merged,
             BN=self.tuning.block,
             num_warps=4,
         )
+
+
+def attend_many(
+    query: torch.Tensor,
+    tables: Sequence[Sequence[AnyRows]],
+    turns: Sequence[Turn | None],
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    group: Group | None,
+) -> list[Attended]:
+    """Several requests in one launch; see `segment_attention_many`."""
+    run = StaticAttention(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
+    found = run(query)
+    return [
+        Attended(found.out[i : i + 1], found.mass[: len(segments), i : i + 1])
+        for i, segments in enumerate(tables)
+    ]
 
 
 def _joined_turns(

@@ -12,9 +12,9 @@ from itertools import chain
 import torch
 
 from kvrag_kernels.quantise import Form
-from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows, num_kv_heads
+from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows
 from kvrag_kernels.segment_attention.reference import acting
-from kvrag_kernels.segment_attention.types import Group, Rows
+from kvrag_kernels.segment_attention.types import Group
 from kvrag_kernels.turning import Turn
 
 COLUMNS = (
@@ -67,7 +67,7 @@ class Table:
         lengths: [B, S], int32: rows of each segment; may be changed between two runs, up to what is there.
         order: for each request, the number of the segment in every place, None for padding.
         num_grouped: places of the context group, 0 if there is none that acts.
-        page: rows of a page, 1 without pages.
+        page: rows of a page, 0 without pages.
         form: of the rows in fewer bits, None without such.
         local: rotation of the longest such segment.
         has_masks: some segment has a mask.
@@ -122,7 +122,7 @@ def _is_readable(rows: AnyRows, query: torch.Tensor, turn: Turn | None) -> bool:
         packed, local = rows.packed, rows.local
         return (
             packed.keys.device == query.device
-            and all(part.is_contiguous() for part in packed.tensors)
+            and all(part[0].is_contiguous() for part in packed.tensors)
             and (packed.key_rest is None or packed.key_rest.dtype == query.dtype)
             and packed.key_size == query.shape[-1]
             and _rotates_alike(local, turn)
@@ -151,7 +151,9 @@ def _rotates_alike(local: Turn | None, turn: Turn | None) -> bool:
 
 def _parts_pairs(local: Turn | None) -> bool:
     """Whether a channel and the one it is rotated with lie in different halves of their bytes."""
-    return local is not None and (local.start % 2 == 1 or (not local.interleaved and local.cos.shape[-1] % 2 == 1))
+    return local is not None and (
+        local.start % 2 == 1 or (not local.interleaved and local.cos.shape[-1] % 2 == 1)
+    )
 
 
 def _value_sizes(rows: AnyRows) -> tuple[int, ...]:
@@ -210,7 +212,7 @@ def table_of(tables: Sequence[Sequence[AnyRows]], batch: int, group: Group | Non
         torch.tensor(lengths, dtype=torch.int32, device=device),
         tuple(order[b % len(tables)] for b in range(batch)),
         num_grouped,
-        next((rows.keys.shape[2] for rows in every if isinstance(rows, PagedRows)), 1),
+        next((rows.keys.shape[2] for rows in every if isinstance(rows, PagedRows)), 0),
         quantised[0].packed.form if quantised else None,
         longest.local if longest is not None else None,
         any(rows.mask is not None for rows in every),
@@ -221,9 +223,7 @@ def table_of(tables: Sequence[Sequence[AnyRows]], batch: int, group: Group | Non
     )
 
 
-def _order(
-    tables: Sequence[Sequence[AnyRows]], acts: bool
-) -> tuple[list[tuple[int | None, ...]], int]:
+def _order(tables: Sequence[Sequence[AnyRows]], acts: bool) -> tuple[list[tuple[int | None, ...]], int]:
     """Places of the segments, those of an acting group first; all requests as many of both kinds."""
     inside = [[i for i, rows in enumerate(segments) if acts and rows.in_group] for segments in tables]
     outside = [[i for i, rows in enumerate(segments) if not (acts and rows.in_group)] for segments in tables]
@@ -281,14 +281,14 @@ def _quantised_line(rows: QuantisedRows) -> Line:
         "full": packed.keys.shape[1],
         "key_scale": packed.key_scale.data_ptr(),
         "value_scale": packed.value_scale.data_ptr(),
-        "key_scale_head": packed.key_scale.shape[1] * packed.key_scale.shape[2],
-        "value_scale_head": packed.value_scale.shape[1] * packed.value_scale.shape[2],
+        "key_scale_head": packed.key_scale.stride(0),
+        "value_scale_head": packed.value_scale.stride(0),
     }
     if packed.key_zero is not None and packed.value_zero is not None and packed.key_rest is not None:
         line["key_zero"] = packed.key_zero.data_ptr()
         line["value_zero"] = packed.value_zero.data_ptr()
         line["key_rest"] = packed.key_rest.data_ptr()
-        line["rest_head"] = packed.key_rest.shape[1] * packed.key_rest.shape[2]
+        line["rest_head"] = packed.key_rest.stride(0)
     return line
 
 
@@ -305,14 +305,3 @@ def _is_aligned(rows: AnyRows) -> bool:
 def _device(every: Sequence[AnyRows]) -> torch.device:
     first = every[0]
     return first.packed.keys.device if isinstance(first, QuantisedRows) else first.keys.device
-
-
-def check_heads(query: torch.Tensor, every: Sequence[AnyRows]) -> None:
-    """Raise where the query's heads cannot share the segments' heads."""
-    for rows in every:
-        heads = num_kv_heads(rows)
-        if query.shape[1] % heads:
-            raise ValueError(f"{query.shape[1]} query heads cannot share {heads} key heads")
-
-
-__all__ = ["COLUMN", "COLUMNS", "Rows", "Table", "is_supported", "num_rows", "table_of", "value_size"]
