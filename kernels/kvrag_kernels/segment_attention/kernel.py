@@ -5,13 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvrag_kernels.segment_attention.blocks import (
-    attend_block,
-    log_sum,
-    packed_values,
-    turned_keys,
-    turned_query,
-)
+from kvrag_kernels.quantise.blocks import packed_values, turned_keys
+from kvrag_kernels.segment_attention.blocks import attend_block, log_sum, turned_query
 from kvrag_kernels.segment_attention.table import COLUMN, COLUMNS
 
 # Columns of the table, see `kvrag_kernels.segment_attention.table`.
