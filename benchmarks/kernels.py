@@ -91,6 +91,8 @@ def measure(device: torch.device, *, small: bool, only: Sequence[str] | None = N
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table; columns in the order in which they first appear."""
+    if not rows:
+        return "Nothing on this device."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
