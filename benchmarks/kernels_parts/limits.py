@@ -44,7 +44,7 @@ def limits(device: torch.device, small: bool) -> Limits:
         small: little memory and few repetitions.
     """
     large = 4 << 20 if small else (1 << 30 if device.type == "cuda" else 128 << 20)
-    source = torch.zeros(large, dtype=torch.uint8, device=device)
+    source = torch.ones(large, dtype=torch.uint8, device=device)  # zeros may all be one page
     into = torch.empty_like(source)
     numbers = source.view(torch.int64)
     repeat = 3 if small else 20

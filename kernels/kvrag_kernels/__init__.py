@@ -1,5 +1,6 @@
 """Attention over segments, and the update of a cascade: fast paths, each beside its definition."""
 
+from kvrag_kernels._backend import Backend, backend, using
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
 from kvrag_kernels.segment_attention import (
     AnyRows,
@@ -23,6 +24,7 @@ from kvrag_kernels.segment_attention import (
 __all__ = [
     "AnyRows",
     "Attended",
+    "Backend",
     "CascadeUpdate",
     "Group",
     "PagedRows",
@@ -30,6 +32,7 @@ __all__ = [
     "RowMask",
     "Rows",
     "Turn",
+    "backend",
     "cascade_update",
     "cascade_update_reference",
     "column_mass",
@@ -40,4 +43,5 @@ __all__ = [
     "segment_attention",
     "segment_attention_many",
     "segment_attention_reference",
+    "using",
 ]

@@ -172,7 +172,7 @@ class Integers(Codec):
 
 def _turn(rotation: Rotation | None, num_tokens: int, device: torch.device) -> Turn | None:
     """The rotation at local positions 0..T-1."""
-    return rotation and rotation.turn(torch.arange(num_tokens, device=device))
+    return rotation.turn(torch.arange(num_tokens, device=device)) if rotation is not None else None
 
 
 CODECS: Mapping[str, Codec] = {

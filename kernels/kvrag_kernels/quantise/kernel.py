@@ -277,13 +277,15 @@ def _fp8(keys: torch.Tensor, values: torch.Tensor, turn: Turn | None) -> Quantis
     )
     largest = largest.amax(1, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest / torch.finfo(torch.float8_e4m3fn).max)
-    out = [torch.empty(x.shape, dtype=torch.uint8, device=keys.device) for x in (keys, values)]
+    out_keys, out_values = (torch.empty(x.shape, dtype=torch.uint8, device=x.device) for x in (keys, values))
     value_scale = torch.empty((heads, num_rows, 1), dtype=torch.float32, device=keys.device)
     fp8_kernel[(triton.cdiv(num_rows, block), heads)](
-        keys, values, *tables, scale, *out, value_scale, num_rows, *keys.stride()[:2], *values.stride()[:2],
+        keys, values, *tables, scale, out_keys, out_values, value_scale, num_rows, *keys.stride()[:2],
+        *values.stride()[:2],
         D=size, DV=value_size, DP=_padded(size), DVP=_padded(value_size), BN=block, **rotation,
     )  # fmt: skip
-    return Quantised("fp8", *(x.view(torch.float8_e4m3fn) for x in out), scale, value_scale)
+    stored = torch.float8_e4m3fn
+    return Quantised("fp8", out_keys.view(stored), out_values.view(stored), scale, value_scale)
 
 
 def _integers(keys: torch.Tensor, values: torch.Tensor, form: Form, turn: Turn | None) -> Quantised:
@@ -349,7 +351,7 @@ def _or(found: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

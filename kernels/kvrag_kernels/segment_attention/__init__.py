@@ -33,6 +33,7 @@ __all__ = [
     "column_mass",
     "column_scores",
     "column_scores_reference",
+    "is_supported",
     "part_mass",
     "parted_attention",
     "segment_attention",
@@ -128,7 +129,6 @@ def segment_attention_many(
         )
     for segments in tables:
         _check(query, segments)
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "group": group}
     if (
         backend(query.device) == "triton"
         and all(is_supported(query, [segments], turn) for segments, turn in zip(tables, turns, strict=True))
@@ -136,9 +136,11 @@ def segment_attention_many(
     ):
         from kvrag_kernels.segment_attention.launch import attend_many  # noqa: PLC0415 - triton is an extra
 
-        return attend_many(query, tables, turns, **options)
+        return attend_many(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
     return [
-        segment_attention(query[i : i + 1], segments, turn, **options)
+        segment_attention(
+            query[i : i + 1], segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+        )
         for i, (segments, turn) in enumerate(zip(tables, turns, strict=True))
     ]
 

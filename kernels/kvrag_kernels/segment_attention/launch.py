@@ -125,14 +125,13 @@ class StaticAttention:
         batch, heads, num_rows, _ = query.shape
         rows = heads // self._kv_heads * num_rows
         lead = (batch * self._kv_heads, self.tuning.splits)
-        single = {"dtype": torch.float32, "device": query.device}
-        self._partial = torch.empty((*lead, rows, self._value_size), **single)
-        self._split = torch.empty((*lead, rows), **single)
-        self._pieces = torch.empty((lead[0], self._places + lead[1], rows), **single)
+        self._partial = _single((*lead, rows, self._value_size), query.device)
+        self._split = _single((*lead, rows), query.device)
+        self._pieces = _single((lead[0], self._places + lead[1], rows), query.device)
         self.out = torch.empty(
             (batch, heads, num_rows, self._value_size), dtype=query.dtype, device=query.device
         )
-        self.mass = torch.empty((self.table.num_slots, batch, heads, num_rows), **single)
+        self.mass = _single((self.table.num_slots, batch, heads, num_rows), query.device)
 
     def __call__(self, query: torch.Tensor) -> Attended:
         """Attend.
@@ -286,6 +285,10 @@ def _stacked(tables: Sequence[torch.Tensor], num_slots: int) -> torch.Tensor:
     for into, table in zip(joined, tables, strict=True):
         into[: len(table)] = table
     return joined
+
+
+def _single(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _power(n: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvrag_kernels.segment_attention.forms import AnyRows
 from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 from kvrag_kernels.turning import turn_query
 
@@ -24,7 +25,7 @@ def visible(rows: Rows, num_rows: int) -> torch.Tensor:
     return seen
 
 
-def acting(group: Group | None, segments: Sequence[Rows]) -> Group | None:
+def acting(group: Group | None, segments: Sequence[AnyRows]) -> Group | None:
     """The group where it changes anything, else None: then attention without groups runs, bit for bit."""
     if group is None or (group.temperature == 1 and group.scale == 1):
         return None
