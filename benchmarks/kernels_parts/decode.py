@@ -1,8 +1,8 @@
 """A decode step of a whole model over cached documents, against its floor: weights and rows read once.
 
 On a CPU the rate of reading is that of products of the model's own matrices with one row, without anything
-else; on a GPU that of a copy. The step is taken the ordinary way, over one run after the documents were copied
-together (what pays on a CPU), and replayed from a CUDA graph where there is one.
+else; on a GPU that of a copy. The step is taken the ordinary way, over one run after the documents were
+copied together (what pays on a CPU), and replayed from a CUDA graph where there is one.
 """
 
 from __future__ import annotations
