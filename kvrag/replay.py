@@ -215,6 +215,12 @@ class DecodeStep:
         self._reading = StaticReading(model, table, fresh, group)
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_refused = False
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next token is read by replaying a graph."""
+        return self._graph is not None
 
     @property
     def is_usable(self) -> bool:
@@ -231,7 +237,7 @@ class DecodeStep:
             self._graph.replay()
         else:
             self._run()  # compiles what is to be captured
-            if self._model.device.type == "cuda":
+            if self._model.device.type == "cuda" and not self._is_refused:
                 self._capture()
         self.fresh.took(position)
         assert self._logits is not None
@@ -246,10 +252,17 @@ class DecodeStep:
         self._logits.copy_(logits)
 
     def _capture(self) -> None:
-        """Record the launches of a step, whose buffers exist by now; nothing is computed."""
+        """Record the launches of a step, whose buffers exist by now; nothing is computed.
+
+        A model whose code waits for the device in between cannot be recorded; it goes on as it is.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._model.device), torch.cuda.graph(graph):
-            self._run()
+        try:
+            with torch.cuda.device(self._model.device), torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError:
+            self._is_refused = True
+            return
         self._graph = graph
 
 

@@ -77,6 +77,7 @@ def test_every_token_is_read_as_the_ordinary_way_reads_it(family: str, device: s
         expected = Want(table, [token], [23 + i], ordinary).read(found)
         assert step.is_usable
         same(step.read(token, 23 + i), expected)
+    assert step.is_captured == (device == "cuda")
     assert replayed.positions == ordinary.positions
     assert replayed.num_rows == ordinary.num_rows
 

@@ -145,10 +145,13 @@ def attend_kernel(
         if FORM != 0:
             packed_low, packed_high = low, tl.where(quantised, high, low)
             low = tl.where(quantised, high, low)
-            packed = tl.load(line + KEYS).to(tl.pointer_type(tl.uint8)) + k * tl.load(line + KEY_HEAD)
-            values_at = tl.load(line + VALUES).to(tl.pointer_type(tl.uint8)) + k * tl.load(line + VALUE_HEAD)
+            packed = tl.load(line + KEYS).to(tl.pointer_type(tl.uint8))
+            values_at = tl.load(line + VALUES).to(tl.pointer_type(tl.uint8))
+            head, value_head = tl.load(line + KEY_HEAD), tl.load(line + VALUE_HEAD)
             if ALIGNED:
                 packed, values_at = tl.multiple_of(packed, 16), tl.multiple_of(values_at, 16)
+                head, value_head = tl.multiple_of(head, 16), tl.multiple_of(value_head, 16)
+            packed, values_at = packed + k * head, values_at + k * value_head
             scale_head, value_scale_head = (
                 k * tl.load(line + KEY_SCALE_HEAD),
                 k * tl.load(line + VALUE_SCALE_HEAD),
@@ -182,10 +185,11 @@ def attend_kernel(
                 top, sums, part, out = attend_block(
                     query, keys, values, seen, top, sums, part, out, scale, softcap, SOFTCAP
                 )
-        keys_at = tl.load(line + KEYS).to(Q.dtype) + k * tl.load(line + KEY_HEAD)
-        rows_at = tl.load(line + VALUES).to(Q.dtype) + k * tl.load(line + VALUE_HEAD)
+        keys_at, rows_at = tl.load(line + KEYS).to(Q.dtype), tl.load(line + VALUES).to(Q.dtype)
+        head, value_head = tl.load(line + KEY_HEAD), tl.load(line + VALUE_HEAD)
         if ALIGNED:  # otherwise every element would be read on its own
             keys_at, rows_at = tl.multiple_of(keys_at, 16), tl.multiple_of(rows_at, 16)
+            head, value_head = tl.multiple_of(head, ALIGNED), tl.multiple_of(value_head, ALIGNED)
             key_row, value_row = tl.multiple_of(key_row, ALIGNED), tl.multiple_of(value_row, ALIGNED)
         if PAGED:
             pages = tl.load(line + PAGES).to(tl.pointer_type(tl.int32))
@@ -193,6 +197,7 @@ def attend_kernel(
             key_page, value_page = tl.load(line + KEY_PAGE), tl.load(line + VALUE_PAGE)
             if ALIGNED:
                 key_page, value_page = tl.multiple_of(key_page, ALIGNED), tl.multiple_of(value_page, ALIGNED)
+        keys_at, rows_at = keys_at + k * head, rows_at + k * value_head
         for block in range(low, high):
             j = block * BN + n
             inside = j < length
