@@ -1,9 +1,13 @@
 """Attention over segments, and the update of a cascade: fast paths, each beside its definition."""
 
+from kvrag_kernels._backend import Backend, backend, using
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
 from kvrag_kernels.segment_attention import (
+    AnyRows,
     Attended,
     Group,
+    PagedRows,
+    QuantisedRows,
     RowMask,
     Rows,
     Turn,
@@ -13,16 +17,22 @@ from kvrag_kernels.segment_attention import (
     part_mass,
     parted_attention,
     segment_attention,
+    segment_attention_many,
     segment_attention_reference,
 )
 
 __all__ = [
+    "AnyRows",
     "Attended",
+    "Backend",
     "CascadeUpdate",
     "Group",
+    "PagedRows",
+    "QuantisedRows",
     "RowMask",
     "Rows",
     "Turn",
+    "backend",
     "cascade_update",
     "cascade_update_reference",
     "column_mass",
@@ -31,5 +41,7 @@ __all__ = [
     "part_mass",
     "parted_attention",
     "segment_attention",
+    "segment_attention_many",
     "segment_attention_reference",
+    "using",
 ]

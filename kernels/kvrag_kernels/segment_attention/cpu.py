@@ -19,12 +19,16 @@ _NOTHING = float("-inf")
 
 
 def is_supported(query: torch.Tensor, segments: Sequence[Rows], softcap: float | None) -> bool:
-    """Whether the flash operator can do it: no soft cap, one head size for keys and values."""
+    """Whether the flash operator can do it: no soft cap, one head size, channels side by side.
+
+    Of channels that lie apart it reads the neighbours instead, without a word.
+    """
     return (
         query.device.type == "cpu"
         and query.dtype in _DTYPES
         and softcap is None
         and all(rows.keys.shape[-1] == rows.values.shape[-1] for rows in segments)
+        and all(x.stride(-1) == 1 for rows in segments for x in (rows.keys, rows.values) if x.numel())
     )
 
 
