@@ -85,6 +85,11 @@ class Rows:
     causal: bool = False
     in_group: bool = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether every query row sees every row."""
+        return self.mask is None and not self.causal and self.first_row == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Attended:
