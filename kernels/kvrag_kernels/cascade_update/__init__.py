@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvrag_kernels._backend import backend
 from kvrag_kernels.cascade_update.events import LevelEvents, cascade_events, rounds
 from kvrag_kernels.cascade_update.reference import cascade_update_reference
 from kvrag_kernels.cascade_update.types import CascadeUpdate
@@ -60,6 +61,12 @@ def cascade_update(
     Source: Cascading KV Cache (Willette et al. 2024, arXiv:2406.17808), with floor-mod rings.
     """
     _check(scores, fresh, stored, start, arrived, periods, width)
+    if backend(scores.device) == "triton":
+        from kvrag_kernels.cascade_update.launch import cascade_update_triton  # noqa: PLC0415 - needs triton
+
+        return cascade_update_triton(
+            scores, fresh, stored, start, arrived, periods=periods, width=width, eager=eager
+        )
     return cascade_update_vectorised(
         scores, fresh, stored, start, arrived, periods=periods, width=width, eager=eager
     )
