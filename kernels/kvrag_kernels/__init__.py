@@ -1,7 +1,8 @@
-"""Attention over segments, and the update of a cascade: fast paths, each beside its definition."""
+"""Attention over segments, strides and the memories they fill: fast paths, each beside its definition."""
 
 from kvrag_kernels._backend import Backend, backend, using
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
+from kvrag_kernels.move_rows import move_rows
 from kvrag_kernels.segment_attention import (
     AnyRows,
     Attended,
@@ -20,6 +21,7 @@ from kvrag_kernels.segment_attention import (
     segment_attention_many,
     segment_attention_reference,
 )
+from kvrag_kernels.strided_prefill import Scoring, Strided, strided_prefill
 
 __all__ = [
     "AnyRows",
@@ -31,6 +33,8 @@ __all__ = [
     "QuantisedRows",
     "RowMask",
     "Rows",
+    "Scoring",
+    "Strided",
     "Turn",
     "backend",
     "cascade_update",
@@ -38,10 +42,12 @@ __all__ = [
     "column_mass",
     "column_scores",
     "column_scores_reference",
+    "move_rows",
     "part_mass",
     "parted_attention",
     "segment_attention",
     "segment_attention_many",
     "segment_attention_reference",
+    "strided_prefill",
     "using",
 ]

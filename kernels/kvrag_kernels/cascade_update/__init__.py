@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels._backend import backend
-from kvrag_kernels.cascade_update.events import LevelEvents, cascade_events, rounds
+from kvrag_kernels.cascade_update.events import LevelEvents, cascade_events, first_competing, rounds
 from kvrag_kernels.cascade_update.reference import cascade_update_reference
 from kvrag_kernels.cascade_update.types import CascadeUpdate
 from kvrag_kernels.cascade_update.vectorised import cascade_update_vectorised
@@ -22,6 +22,7 @@ __all__ = [
     "cascade_update",
     "cascade_update_reference",
     "cascade_update_vectorised",
+    "first_competing",
     "rounds",
 ]
 

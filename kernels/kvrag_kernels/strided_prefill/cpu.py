@@ -9,7 +9,7 @@ import torch
 from kvrag_kernels.segment_attention.cpu import flash
 from kvrag_kernels.segment_attention.reference import turn_query
 from kvrag_kernels.segment_attention.types import Rows, Turn
-from kvrag_kernels.strided_prefill.columns import column_scores_blockwise
+from kvrag_kernels.strided_prefill.columns import summed_columns
 from kvrag_kernels.strided_prefill.types import Scoring, Strided
 
 
@@ -55,7 +55,7 @@ def strided_prefill_cpu(
         merged.addcmul_(out, mass[i, ..., None])
     scores = None
     if scoring is not None:
-        scores = column_scores_blockwise(query, segments, turn, total, scoring, scale=scale)
+        scores = summed_columns(turned[:, 0], segments, total[0], scoring, scale=scale)
     return Strided(merged, total, mass, scores)
 
 
