@@ -1,6 +1,6 @@
 """A cascade that takes in a stride: who stays, against the token-by-token rule and one update per token.
 
-Rings are full. "serial" is the definition in Python on one head, scaled to all; "one by one" is the tournament
+Rings are full. "serial" is the definition in Python on one head, scaled to all; "one by one" is the same op
 called for every token: what a serial update on a GPU has to launch at least.
 """
 
