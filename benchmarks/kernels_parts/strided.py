@@ -14,11 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import median
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from kernels_parts import varlen
+from kernels_parts.clock import turns
 from kernels_parts.limits import dtype_of, limits
 
 from kvrag.memory.base import Run, Seen
@@ -142,13 +145,26 @@ class Reading:
             return [*found, Moving(0, own, own, keys, self.text.spin, is_turned=True)]
         return [*found, Moving(0, own, raw, keys, self.text.spin), Moving(0, raw, raw, keys)]
 
+    def outputs(self) -> dict[str, Callable[[], object]]:
+        """The last stride's output without scores: ours, and the way PyTorch offers."""
+        text, runs, stride = self.text, self.state.runs, self.text.sizes.stride
+        query, *own = (x[:, :, -stride:] for x in (text.query, text.keys, text.values))
+        parts = [slice(run.slot, run.slot + run.length) for run in runs]
+        segments = [Rows(self.keys[:, :, part], self.values[:, :, part]) for part in parts]
+        segments.append(Rows(own[0], own[1], causal=True))
+        turn, memory = text.turn(runs, stride), (self.keys, self.values)
+        return {
+            "output": lambda: strided_prefill(query, segments, turn, scale=text.scale),
+            "varlen": lambda: varlen.attend(query, memory, (own[0], own[1]), runs, turn, text.scale),
+        }
+
     def _timed(self, name: str, work: Callable[[], Found]) -> Found:
         """Run one step; the device is done before and behind it."""
         _wait(self.text.device)
-        started = time.perf_counter()
+        started = _now(self.text.device)
         found = work()
         _wait(self.text.device)
-        self.took.setdefault(name, []).append(time.perf_counter() - started)
+        self.took.setdefault(name, []).append(_now(self.text.device) - started)
         return found
 
 
@@ -161,12 +177,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _now(device: torch.device) -> float:
+    """Seconds; on one CPU thread those of this process, since whatever else runs would be counted, too."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 def _full(text: Text) -> float:
     _wait(text.device)
-    started = time.perf_counter()
+    started = _now(text.device)
     text.full()
     _wait(text.device)
-    return time.perf_counter() - started
+    return _now(text.device) - started
 
 
 def run(device: torch.device, small: bool) -> list[Row]:
@@ -198,6 +220,7 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
     product = 2 * sizes.heads * sizes.stride * sizes.dim
     return {
         "backend": backend(text.device),
+        "clock": "process" if text.device.type == "cpu" and torch.get_num_threads() == 1 else "wall",
         "tokens": sizes.tokens,
         "slots": budget,
         "stride": sizes.stride,
@@ -209,6 +232,15 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
         "share of allowed": full / seconds / allowed,
         "allowed with scores": sizes.tokens / (2 * columns + competing),
         "share with scores": full / seconds * (2 * columns + competing) / sizes.tokens,
+        **_outputs(done[-1]),
         "full, of matrix rate": 2 * sizes.heads * sizes.dim * sizes.tokens**2 / full / rate,
         "steady stride, of matrix rate": product * (2 * columns + competing) / steady / rate,
     }
+
+
+def _outputs(reading: Reading) -> Row:
+    """A steady stride's output alone, beside PyTorch's operator where there is one for this device."""
+    sides, device = reading.outputs(), reading.text.device
+    if device.type != "cuda" or find_spec("torch.nn.attention.varlen") is None:
+        del sides["varlen"]
+    return {f"{name} ms": 1e3 * took for name, took in turns(sides, device, repeat=5).items()}

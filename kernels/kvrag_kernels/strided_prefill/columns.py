@@ -7,6 +7,7 @@ scored on its own, and columns whose score is not needed are not looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -62,59 +63,65 @@ def summed_columns(
     bias = exponents(lse, scoring.weights)[..., None] * _LOG2E
     # Exponents are to base 2: where exp underflows, MKL's takes a hundred times as long.
     scale = scale if softcap is not None else scale * _LOG2E
-    # One block's scores, written again and again: new memory costs more than what is done with it.
-    room = lse.new_empty(max(_ROWS, turned.shape[1]) * _COLUMNS)
-    blocks: dict[int, _Blocks] = {}
+    blocks = _Blocks(bias, segments[0].keys.shape[1], turned.shape[3], softcap)
+    current = -1
     for i, first, last in scoring.spans(lengths):
-        if i not in blocks:
-            blocks[i] = _Blocks(turned[i].float() * scale, bias, segments[i], softcap, room)
+        if i != current:
+            blocks.begin(turned[i], segments[i], scale)
+            current = i
         into = sums.split(lengths, dim=-1)[i]
         for start in range(first, last, _COLUMNS):
             columns = slice(start, min(start + _COLUMNS, last))
-            into[:, columns] = blocks[i].sum(columns)
+            into[:, columns] = blocks.sum(columns)
     return sums
 
 
 class _Blocks:
-    """Sums of blocks of columns of one segment, all heads at once."""
+    """Sums of blocks of columns, all heads at once, segment after segment.
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        bias: torch.Tensor,
-        rows: Rows,
-        softcap: float | None,
-        room: torch.Tensor,
-    ) -> None:
-        """Take queries [H, T, D], scaled, and what is added to their scores, [H, T, 1]."""
+    Queries and scores are written to the same memory again and again: new memory costs more than what is
+    done with it.
+    """
+
+    def __init__(self, bias: torch.Tensor, kv_heads: int, dim: int, softcap: float | None) -> None:
+        """Take what is added to the rows' scores, [H, T, 1]."""
+        heads, num_rows, _ = bias.shape
+        self.softcap, self.dim = softcap, dim
+        self.bias = bias.view(kv_heads, -1, num_rows, 1).transpose(1, 2).contiguous()  # [K, T, G, 1]
         # Without a soft cap the exponent is one product: (query, bias) . (key, 1).
-        query = query if softcap is not None else torch.cat((query, bias), dim=-1)
-        self.query = query.unflatten(0, (rows.keys.shape[1], -1))
-        self.bias = bias.view(*self.query.shape[:3], 1)
-        self.rows, self.softcap, self.room = rows, softcap, room
-        self.seen = None if rows.is_open else visible(rows, query.shape[1])
+        self.query = bias.new_empty((*self.bias.shape[:3], dim + (softcap is None)))
+        if softcap is None:
+            self.query[..., dim:] = self.bias
+        self.step = max(1, _ROWS // heads)
+        self.room = bias.new_empty(self.step * heads * _COLUMNS)
+
+    def begin(self, query: torch.Tensor, rows: Rows, scale: float) -> None:
+        """Go on with a segment and its queries [H, T, D]."""
+        packed = query.view(self.query.shape[0], -1, query.shape[1], self.dim).transpose(1, 2)
+        torch.mul(packed.float(), scale, out=self.query[..., : self.dim])
+        self.rows, self.seen = rows, None if rows.is_open else visible(rows, query.shape[1])
 
     def sum(self, columns: slice) -> torch.Tensor:
         """[H, n]: over all query rows that see any of these columns."""
         keys = self.rows.keys[0, :, columns].float()
         if self.softcap is None:
             keys = torch.cat((keys, keys.new_ones((*keys.shape[:2], 1))), dim=-1)
-        kv_heads, groups, num_rows, _ = self.query.shape
+        kv_heads, num_rows, groups, _ = self.query.shape
         total = keys.new_zeros((kv_heads, groups, keys.shape[1]))
-        step = max(1, _ROWS // (kv_heads * groups))
-        for start in range(columns.start if self.rows.causal else self.rows.first_row, num_rows, step):
-            part = slice(start, min(start + step, num_rows))
-            shape = (kv_heads, groups * (part.stop - start), keys.shape[1])
-            scores = self.room[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.bmm(self.query[:, :, part].flatten(1, 2), keys.mT, out=scores)
-            total += self._exponentiated(scores.unflatten(1, (groups, -1)), part, columns).sum(2)
+        begin = columns.start if self.rows.causal else self.rows.first_row
+        for start in range(begin, num_rows, self.step):
+            part = slice(start, min(start + self.step, num_rows))
+            shape = (kv_heads, part.stop - start, groups, keys.shape[1])
+            scores = self.room[: prod(shape)].view(shape)
+            torch.bmm(self.query[:, part].flatten(1, 2), keys.mT, out=scores.flatten(1, 2))
+            total += self._exponentiated(scores, part, columns).sum(1)
         return total.flatten(0, 1)
 
     def _exponentiated(self, scores: torch.Tensor, part: slice, columns: slice) -> torch.Tensor:
-        """Weighted probabilities [K, G, t, n] of scores, in place."""
+        """Weighted probabilities [K, t, G, n] of scores, in place."""
         if self.softcap is not None:
-            scores.div_(self.softcap).tanh_().mul_(self.softcap * _LOG2E).add_(self.bias[:, :, part])
+            scores.div_(self.softcap).tanh_().mul_(self.softcap * _LOG2E).add_(self.bias[:, part])
         if self.seen is not None and not (self.rows.causal and part.start >= columns.stop):
             # Adding is several times as fast as filling by a mask that all heads share.
-            scores.add_(torch.where(self.seen[part, columns], 0.0, _NOTHING))
+            scores.add_(torch.where(self.seen[part, None, columns], 0.0, _NOTHING))
         return scores.exp2_()
