@@ -29,6 +29,7 @@ def gather_rows(
     held = tl.multiple_of(tl.load(row + HELD) + head * tl.load(row + HELD_HEAD), ALIGN)
     fresh = tl.multiple_of(tl.load(row + FRESH) + head * tl.load(row + FRESH_HEAD), ALIGN)
     at = tl.where(is_fresh, fresh + (source - num_before) * fresh_row, held + source * held_row)
+    at = tl.multiple_of(at, ALIGN)
     exists = valid[:, None] & (d < D)[None, :]
     x = tl.load(base + at[:, None] + d[None, :], mask=exists, other=0.0)
     if PAIRS > 0:

@@ -124,6 +124,7 @@ def attend(
 
     Grid: (blocks of packed rows, sequences * key heads).
     """
+    SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     r = block * ROWS + tl.arange(0, ROWS)
@@ -152,8 +153,9 @@ def attend(
         v_offset = (
             tl.load(row + VALUE) + batch * tl.load(row + VALUE_BATCH) + kv_head * tl.load(row + VALUE_HEAD)
         )
-        k = keys + tl.multiple_of(k_offset, ALIGN)
-        v = values + tl.multiple_of(v_offset, ALIGN)
+        # Said of the pointers, in bytes; said of the offsets, the compiler would forget it.
+        k = tl.multiple_of(keys + k_offset, ALIGN * SIZE)
+        v = tl.multiple_of(values + v_offset, ALIGN * SIZE)
         angle_rows = (t.to(tl.int64) + s * num_rows) * PAIRS
         q = turned_rows(query, cos, sin, q_rows, angle_rows, valid, D, DP, PAIRS, START, INTERLEAVED)
         part = tl.zeros((ROWS,), tl.float32)
@@ -243,16 +245,17 @@ def sum_columns(
     `blocks` holds segment, first column, column after the last, and place in `sums` of each block.
     Grid: (blocks of columns, key heads).
     """
+    SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
     kv_head = tl.program_id(1).to(tl.int64)
     block = blocks + tl.program_id(0) * 4
     segment, first, last, into = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     row = table + segment * FIELDS
     is_causal = tl.load(row + CAUSAL).to(tl.int32)
     key_row = tl.multiple_of(tl.load(row + KEY_ROW), ALIGN)
-    offset = tl.multiple_of(tl.load(row + KEY) + kv_head * tl.load(row + KEY_HEAD), ALIGN)
+    rows = tl.multiple_of(keys + tl.load(row + KEY) + kv_head * tl.load(row + KEY_HEAD), ALIGN * SIZE)
     c, d = first + tl.arange(0, COLUMNS), tl.arange(0, DP)
     exists = (c < last)[:, None] & (d < D)[None, :]
-    k = tl.load(keys + offset + c[:, None] * key_row + d[None, :], mask=exists, other=0.0)
+    k = tl.load(rows + c[:, None] * key_row + d[None, :], mask=exists, other=0.0)
     # A causal segment's columns are seen by rows from their own on, and all of them by rows behind the last.
     begin = tl.where(is_causal != 0, tl.maximum(first - first_row, 0) // ROWS * ROWS, 0)
     open_from = tl.where(is_causal != 0, (tl.maximum(last - first_row, 0) + ROWS - 1) // ROWS * ROWS, 0)
