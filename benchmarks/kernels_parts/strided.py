@@ -177,10 +177,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _is_alone(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def _now(device: torch.device) -> float:
     """Seconds; on one CPU thread those of this process, since whatever else runs would be counted, too."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
+    return time.process_time() if _is_alone(device) else time.perf_counter()
+
+
+def _rate(text: Text, small: bool) -> float:
+    """Operations per second of a large matrix product, by the same clock."""
+    if not _is_alone(text.device):
+        return limits(text.device, small).flops[text.keys.dtype]
+    side = 128 if small else 1024
+    a, took = torch.randn(side, side), []
+    for _ in range(8):
+        started = _now(text.device)
+        a @ a
+        took.append(_now(text.device) - started)
+    return 2 * side**3 / median(took)
 
 
 def _full(text: Text) -> float:
@@ -205,7 +221,7 @@ def run(device: torch.device, small: bool) -> list[Row]:
         for budget, done in readings.items():
             done.append(Reading(text, budget))
             done[-1].run()
-    rates = limits(device, small).flops[text.keys.dtype]
+    rates = _rate(text, small)
     return [_row(text, budget, median(full), done, rates) for budget, done in readings.items()]
 
 
@@ -220,7 +236,7 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
     product = 2 * sizes.heads * sizes.stride * sizes.dim
     return {
         "backend": backend(text.device),
-        "clock": "process" if text.device.type == "cpu" and torch.get_num_threads() == 1 else "wall",
+        "clock": "process" if _is_alone(text.device) else "wall",
         "tokens": sizes.tokens,
         "slots": budget,
         "stride": sizes.stride,
@@ -239,8 +255,10 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
 
 
 def _outputs(reading: Reading) -> Row:
-    """A steady stride's output alone, beside PyTorch's operator where there is one for this device."""
+    """On a GPU, a steady stride's output alone, beside PyTorch's operator if this version has it."""
     sides, device = reading.outputs(), reading.text.device
-    if device.type != "cuda" or find_spec("torch.nn.attention.varlen") is None:
+    if device.type != "cuda":
+        return {}
+    if find_spec("torch.nn.attention.varlen") is None:
         del sides["varlen"]
     return {f"{name} ms": 1e3 * took for name, took in turns(sides, device, repeat=5).items()}
