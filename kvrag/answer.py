@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvrag.citations import Span
+from kvrag.citations import Seen, Span
 from kvrag.focus.risk import Risk
 from kvrag.plan import PromptPlan
 from kvrag.trace import Trace
@@ -199,6 +199,10 @@ class Answer:
         logprobs: for each of the tokens; None unless `Sampling.logprobs` asks for them.
         trace: where the documents' rows came from, and why from there.
         memory: of a session's answer, what its memory holds.
+        layers: for each layer and each of the documents, in order, where it stood and what attention it got
+            while the question was read, before rows were read again; None where the layer did not read it.
+            A document that lost a heat has None in every layer.
+        question_at: position of the first token behind the documents, while the question was read.
     """
 
     text: str
@@ -214,3 +218,5 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)
     memory: MemoryUse | None = None
+    layers: tuple[tuple[Seen | None, ...], ...] = ()
+    question_at: int = 0
