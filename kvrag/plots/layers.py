@@ -57,7 +57,7 @@ def masses(
         _write(axes, image, shares)
     name_rows(axes, called)
     axes.set_xlabel("layer (hatched: not read any more)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     what = "attention" if measure == "mass" else "squared attention"
     axes.figure.colorbar(image, ax=axes, label=f"{what} (%)")
     return axes

@@ -50,7 +50,7 @@ def ttft(
         axes.plot(*zip(*((n, 1e3 * s) for n, s in points), strict=True), ".", color=color, alpha=0.4)
     axes.set_xlabel("documents in the prompt")
     axes.set_ylabel("time to first token (ms)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if log:
         axes.set_yscale("log")
     else:
