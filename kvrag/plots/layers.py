@@ -12,13 +12,12 @@ from kvrag.plots.drawing import GREY, axes_or_new, finished, labels, name_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
 
     from kvrag.answer import Answer
     from kvrag.rag import Reply
 
 _CELLS = 200  # with more of them, numbers could not be read
-_DARK = 0.55
+_LIGHT = 0.55  # of the largest share: cells above are light
 
 
 def masses(
@@ -54,7 +53,7 @@ def masses(
     axes.patch.set(hatch="///", edgecolor=GREY, linewidth=0)
     image = axes.imshow(shares, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
     if shares.size <= _CELLS:
-        _write(axes, image, shares)
+        _write(axes, shares)
     name_rows(axes, called)
     axes.set_xlabel("layer (hatched: not read any more)")
     axes.locator_params(axis="x", integer=True)
@@ -69,10 +68,10 @@ def _shares(found: Answer, measure: str) -> np.ndarray[tuple[int, int], np.dtype
     return np.array(columns).T
 
 
-def _write(axes: Axes, image: AxesImage, shares: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
+def _write(axes: Axes, shares: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
     """The numbers, dark on light cells and light on dark ones."""
     for (row, layer), share in np.ndenumerate(shares):
         if np.isnan(share):
             continue
-        color = "black" if image.norm(share) > _DARK else "white"
+        color = "black" if share > _LIGHT * np.nanmax(shares) else "white"
         axes.text(layer, row, f"{share:.0f}", ha="center", va="center", fontsize="x-small", color=color)
