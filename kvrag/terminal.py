@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # help texts must not wait for torch
     from kvrag.rag import Reply, Source
 
 _BAR = 10
-_COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+# To be read on light and on dark terminals: no yellow, no cyan, no blue.
+_COLOURS = {"error": "bold red", "warning": "bold magenta", "note": "bold"}
 
 
 def stdout() -> Console:
