@@ -67,8 +67,13 @@ def main() -> None:
     quiet()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "img"
     # Letters stay letters, and the same figures give the same file.
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kvrag", "backend": "svg"}
-    found = answers()
+    matplotlib.use("svg")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvrag"}):
+        draw(answers(), folder)
+
+
+def draw(found: dict[str, Reply], folder: Path) -> None:
+    """Write every picture into a folder."""
     _, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.4), layout="constrained", width_ratios=(5, 7))
     first_token(left)
     plots.answer(found["best"], axes=right)

@@ -161,3 +161,11 @@ def test_warm_chroma_leaves_the_collection_as_it_was(tmp_path: Path, again: Call
     assert collection.get() == before
     with pytest.raises(InputError, match="there is no collection 'new' in chroma"):
         again("warm_chroma", "chroma", "new")
+
+
+def test_pictures_of_the_documentation_are_drawn(tmp_path: Path, again: Callable[..., str]) -> None:
+    again("pictures", str(tmp_path))
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    stored = EXAMPLES.parent / "docs" / "img"
+    assert drawn == {path.name for path in stored.glob("*.svg")} - {p.name for p in stored.glob("quality-*")}
+    assert "Stuville" in (tmp_path / "result.svg").read_text()
