@@ -1,4 +1,4 @@
-"""Pictures of one's own runs: where an answer came from, what each layer read, how long it took.
+"""Pictures of one's own runs: where an answer came from, what layers read, what chats keep, how long it took.
 
 Needs `pip install 'kvrag[plots]'` (matplotlib, imported when something is drawn). Every function draws into
 the `Axes` it is given, or into new ones, and returns them: titles, sizes and files are the caller's. Colours
@@ -14,7 +14,8 @@ can be told apart by people who confuse red and green, and stand out from a ligh
 
 from kvrag.plots.documents import answer
 from kvrag.plots.layers import masses
+from kvrag.plots.memory import memory
 from kvrag.plots.places import segments
 from kvrag.plots.times import ttft
 
-__all__ = ["answer", "masses", "segments", "ttft"]
+__all__ = ["answer", "masses", "memory", "segments", "ttft"]

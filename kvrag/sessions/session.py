@@ -223,6 +223,14 @@ class Session:
 
         return self.house.do(partial(_at_once, lost))
 
+    def held(self) -> torch.Tensor:
+        """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""
+
+        def found() -> torch.Tensor:
+            return torch.zeros(self._model.num_layers, 0) if self._talk is None else self._talk.held()
+
+        return self.house.do(partial(_at_once, found))
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation so far, what is pinned left out."""

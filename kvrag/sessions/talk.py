@@ -240,11 +240,17 @@ class Talk:
         counts = torch.bincount(held, minlength=self.state.seen)
         return int((counts > 0).sum()), len(held) / groups / self.state.seen
 
+    def held(self) -> torch.Tensor:
+        """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""
+        ids = self.state.ids.cpu()
+        counts = torch.zeros(ids.shape[0], self.state.seen)
+        for layer, held in enumerate(ids):
+            counts[layer] = torch.bincount(held[held >= 0], minlength=self.state.seen)
+        return counts / ids.shape[1]
+
     def shares(self) -> torch.Tensor:
         """[tokens], float32: for each token of the conversation, which share of layers and heads holds it."""
-        ids = self.state.ids.cpu()
-        counts = torch.bincount(ids[ids >= 0], minlength=self.state.seen)
-        return counts.float() / (ids.shape[0] * ids.shape[1])
+        return self.held().mean(0)
 
 
 def check_room(model: Model, policy: MemoryPolicy, num_pinned: int) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib import colors, pyplot
 from matplotlib.axes import Axes
 
 from kvrag import Answer, Corpus, Engine, Index, InputError, MissingExtra, Sampling, ask, plots
 from kvrag.focus import Heats, Placement, Policy, Pruning
+from kvrag.memory.window import Window
 from kvrag.plots.drawing import PALETTE
 from kvrag.plots.places import stays
 from kvrag.rag import Reply
@@ -173,6 +175,34 @@ def test_every_picture_can_be_written(style: str, pruned: Reply, tmp_path: Path)
             assert draw(pruned.answer, axes=axes) is axes
             figure.savefig(tmp_path / f"{number}.png")
             assert (tmp_path / f"{number}.png").stat().st_size > 5000
+
+
+def test_a_memory_shows_what_every_layer_holds(engine: Engine) -> None:
+    session = engine.session(Window(32, sinks=2))
+    with pytest.raises(InputError, match="nothing was said"):
+        plots.memory(session)
+    session.send("The ferry to Varn leaves at nine, says the keeper of the light. " * 8, sampling=SHORT)
+    held = session.held()
+    assert held.shape == (engine.model.num_layers, session.num_tokens)
+    image = plots.memory(session).images[0]
+    assert list(image.get_extent()[:2]) == [0, session.num_tokens]
+    shown = np.asarray(image.get_array())
+    assert shown.max() == 100
+    assert shown.sum() == pytest.approx(100 * float(held.sum()))
+    last = plots.memory(session, tokens=(session.num_tokens - 10, session.num_tokens)).images[0]
+    assert np.asarray(last.get_array()).tolist() == [[100.0] * 10] * engine.model.num_layers
+    with pytest.raises(InputError, match="has those from 0 up to"):
+        plots.memory(session, tokens=(5, session.num_tokens + 1))
+
+
+def test_many_tokens_share_columns(engine: Engine) -> None:
+    from kvrag.plots.memory import _columns
+
+    held = torch.rand(3, 1001)
+    shown = _columns(held)
+    assert shown.shape == (3, 400)
+    assert torch.allclose(shown.mean(), held.mean(), atol=0.01)
+    assert torch.allclose(shown[:, 0], held[:, :3].mean(1))
 
 
 def test_documents_are_called_by_name_or_by_their_words(engine: Engine) -> None:
