@@ -198,11 +198,11 @@ class Answer:
         in_full: the documents were read in full because the risk was above the policy's limit.
         logprobs: for each of the tokens; None unless `Sampling.logprobs` asks for them.
         trace: where the documents' rows came from, and why from there.
-        memory: of a session's answer, what its memory holds.
         layers: for each layer and each of the documents, in order, where it stood and what attention it got
             while the question was read, before rows were read again; None where the layer did not read it.
             A document that lost a heat has None in every layer.
         question_at: position of the first token behind the documents, while the question was read.
+        memory: of a session's answer, what its memory holds.
     """
 
     text: str
@@ -217,6 +217,6 @@ class Answer:
     in_full: bool = False
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)
-    memory: MemoryUse | None = None
     layers: tuple[tuple[Seen | None, ...], ...] = ()
     question_at: int = 0
+    memory: MemoryUse | None = None
