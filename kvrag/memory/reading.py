@@ -27,12 +27,14 @@ class StrideRows:
         tokens: of the stride.
         keys: of each layer, [K, q, D], not rotated.
         values: of each layer, [K, q, Dv]; copy what is to last.
+        role: who says them, as the reader was told.
     """
 
     first: int
     tokens: tuple[int, ...]
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
+    role: str = "user"
 
 
 Listener = Callable[[StrideRows], None]
@@ -49,6 +51,7 @@ class MemoryReader:
         rows: the entries.
         fresh: rows of the stride that is not inserted yet.
         extra_mass: of each pass [L, E, T], float32: attention to each extra segment, mean over heads.
+        role: who says what is read; told to the listeners.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class MemoryReader:
         self._pinned, self._extra = pinned or SegmentTable(), extra or SegmentTable()
         self.offset = max(self._pinned.end, self._extra.end)
         self.extra_mass: list[torch.Tensor] = []
+        self.role = "user"
         self._begin()
 
     def _begin(self) -> None:
@@ -152,7 +156,7 @@ class MemoryReader:
         keys = self._watch.keys()
         values = [self.fresh.values(layer) for layer in range(self.model.num_layers)]
         for listener in self._listeners:
-            listener(StrideRows(self.state.seen, tuple(self._tokens), keys, values))
+            listener(StrideRows(self.state.seen, tuple(self._tokens), keys, values, self.role))
         seen = self._watch.seen(self._table, self._runs, self.state.capacity, self.fresh)
         moves = self.state.take(num, seen)
         self.rows.apply(moves, keys, values, capacity=self.state.capacity)

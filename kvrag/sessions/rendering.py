@@ -94,12 +94,14 @@ class Rendering:
 
     def borders(
         self, history: Sequence[Message], tools: Sequence[Tool] | None, whole: str, start: int
-    ) -> list[int]:
-        """Places in a history where an answer begins or ends, behind `start`, ascending.
+    ) -> dict[int, str]:
+        """Places in a history where an answer begins or ends, behind `start`, and who speaks from there on.
 
         There the text is cut before it becomes tokens and strides, as it was when the answers were written.
+        They come in order.
         """
-        talk, found, before = self._led(history), [], ""
+        talk, before = self._led(history), ""
+        found: dict[int, str] = {}
         for number in range(len(talk) - 1, -1, -1):
             if talk[number].get("role") != "assistant" or not number:
                 continue
@@ -108,20 +110,19 @@ class Rendering:
             if not before or not whole.startswith(before):
                 continue
             said = str(talk[number]["content"])
-            ends = [len(before)]
-            lead = self._answers_lead()
-            for form in (
-                f"{lead}{said}" if said else "",
-                said,
-                said.strip(),
-            ):  # many templates leave out white space around it
-                if form and whole.startswith(form, len(before)):
-                    ends.append(len(before) + len(form))
+            ends = {len(before): "assistant"}
+            rest = whole[len(before) :]
+            leads = (0, len(rest) - len(rest.lstrip()))  # some templates write a blank in front
+            # Many leave out white space around it.
+            forms = ((lead, form) for form in (said, said.strip()) for lead in leads)
+            for lead, form in forms:
+                if form and rest.startswith(form, lead):
+                    ends[len(before) + lead + len(form)] = "user"
                     break
-            found += [end for end in ends if start < end < len(whole)]
+            found |= {end: role for end, role in ends.items() if start < end < len(whole)}
             if len(before) <= start:
                 break
-        return sorted(set(found))
+        return dict(sorted(found.items()))
 
     def _led(self, history: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages with the session's system prompt in front, unless they bring their own."""

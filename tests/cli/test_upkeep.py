@@ -130,7 +130,7 @@ def test_old_quarantine_goes(ingested: Run) -> None:
 def test_rm_gives_a_receipt(ingested: Run) -> None:
     (entry,) = {e["entry"] for e in [_entry_of("notes/a.txt")]}
     done = ingested("rm", "notes/a.txt", "--receipt", "receipt.json")
-    assert done.out.startswith("removed 1 chunks and their caches (")
+    assert done.out.startswith("removed 1 chunk with all caches (")
     assert f"  disk: {entry[:2]}/{entry[:12]}….safetensors" in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines())
     receipt = json.loads(Path("receipt.json").read_text())
@@ -179,7 +179,7 @@ def test_pinned_caches_outlive_a_small_budget(run: Run, model: Path) -> None:
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"Document {number} tells of {number + 1000}. " * 4)
     whole = run("ingest", "many", "--model", model, "--json").object["cache_bytes"]
-    assert "pinned the caches of 1 chunks" in run("pin", "many/0.txt").out
+    assert "pinned the caches of 1 chunk" in run("pin", "many/0.txt").out
     evicted = run("budget", str(whole // 2), "--json").object["evicted"]
     assert 3 <= evicted <= 4
     assert run("stats", "--json").object["pinned_bytes"] > 0
