@@ -52,7 +52,7 @@ def memory(session: Session, *, tokens: tuple[int, int] | None = None, axes: Axe
     )
     axes.set_xlabel("token of the conversation")
     axes.set_ylabel("layer")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.figure.colorbar(image, ax=axes, label="held (%)")
     return axes
 
