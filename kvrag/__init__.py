@@ -4,8 +4,8 @@
 >>> with Engine.from_pretrained("Qwen/Qwen2.5-7B-Instruct", store="caches") as engine:  # doctest: +SKIP
 ...     print(engine.answer("...a long document... Who wrote it?", ["...a long document..."]).text)
 
-Names are imported when they are first used: the command line's help does not wait for torch. `Corpus`,
-`Index` and `ask` are here as well; they need chromadb.
+Names are imported when they are first used: the command line's help does not wait for torch. `Archive`,
+`Corpus`, `Index`, `Recall` and `ask` are here as well; they need chromadb.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from kvrag.answer import DocumentUse as DocumentUse
     from kvrag.answer import MemoryUse as MemoryUse
     from kvrag.answer import Piece as Piece
+    from kvrag.answer import RecalledSpan as RecalledSpan
     from kvrag.answer import Timing as Timing
     from kvrag.answer import TokenLogprob as TokenLogprob
     from kvrag.answer import Usage as Usage
+    from kvrag.archive.archive import Archive as Archive
+    from kvrag.archive.recall import Recall as Recall
     from kvrag.config import Context as Context
     from kvrag.config import Sampling as Sampling
     from kvrag.corpus import Corpus as Corpus
@@ -95,6 +98,7 @@ __all__ = [
     "Policy",
     "PromptPlan",
     "RagPrompt",
+    "RecalledSpan",
     "Sampling",
     "Session",
     "SessionDamaged",
@@ -111,7 +115,9 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "answer": "Answer DocumentUse MemoryUse Piece Timing TokenLogprob Usage",
+    "answer": "Answer DocumentUse MemoryUse Piece RecalledSpan Timing TokenLogprob Usage",
+    "archive.archive": "Archive",
+    "archive.recall": "Recall",
     "config": "Context Sampling",
     "corpus": "Corpus",
     "engine": "Engine",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from kvrag.citations import Span
+from kvrag.citations import Seen, Span
 from kvrag.focus.risk import Risk
 from kvrag.plan import PromptPlan
 from kvrag.trace import Trace
@@ -108,6 +108,29 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class RecalledSpan:
+    """Something said before, forgotten since, that came back from an archive for one turn.
+
+    Attributes:
+        turn: in which it was said, counted from 0.
+        role: who says its first token: "user" or "assistant".
+        text: what it says.
+        start: tokens of the conversation before it.
+        num_tokens: of it.
+        mass: share of the turn's attention that it got, mean over layers, heads and tokens.
+        is_hit: its rows came from the store; otherwise it was read anew.
+    """
+
+    turn: int
+    role: str
+    text: str
+    start: int
+    num_tokens: int
+    mass: float
+    is_hit: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryUse:
     """What a session's turn read, and what its memory holds behind it; in tokens.
 
@@ -118,6 +141,7 @@ class MemoryUse:
         remembered: of those, how many at least one layer and head still holds.
         share: of the conversation, which share an average layer and head holds.
         recalled: of spans that came back from an archive for this turn.
+        spans: those spans.
         went_back: turns that were taken back because the history is another one.
         anew: the whole conversation was read, because none of what was known began like it.
     """
@@ -130,6 +154,7 @@ class MemoryUse:
     recalled: int = 0
     went_back: int = 0
     anew: bool = False
+    spans: tuple[RecalledSpan, ...] = ()
 
     @property
     def forgotten(self) -> int:
@@ -173,6 +198,10 @@ class Answer:
         in_full: the documents were read in full because the risk was above the policy's limit.
         logprobs: for each of the tokens; None unless `Sampling.logprobs` asks for them.
         trace: where the documents' rows came from, and why from there.
+        layers: for each layer and each of the documents, in order, where it stood and what attention it got
+            while the question was read, before rows were read again; None where the layer did not read it.
+            A document that lost a heat has None in every layer.
+        question_at: position of the first token behind the documents, while the question was read.
         memory: of a session's answer, what its memory holds.
     """
 
@@ -188,4 +217,35 @@ class Answer:
     in_full: bool = False
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: Trace = field(default_factory=Trace)
+    layers: tuple[tuple[Seen | None, ...], ...] = ()
+    question_at: int = 0
     memory: MemoryUse | None = None
+
+
+def report(answer: Answer) -> dict[str, Any]:
+    """What an answer cost and rests on, as plain values that can be stored: what adapters tell of it.
+
+    `documents` has one item for each document of the prompt; `memory` is there for a session's answer only:
+    what `MemoryUse` says, and `forgotten`.
+    """
+    told: dict[str, Any] = {
+        "usage": asdict(answer.usage),
+        "documents": [
+            {
+                "key": use.key,
+                "num_tokens": use.num_tokens,
+                "is_hit": use.is_hit,
+                "mass": use.mass,
+                "focus": use.focus,
+                "question_mass": use.question_mass,
+                "dropped_at": use.dropped_at,
+            }
+            for use in answer.documents
+        ],
+        "seconds": asdict(answer.timing),
+        "policy": answer.policy,
+        "in_full": answer.in_full,
+    }
+    if answer.memory is not None:
+        told["memory"] = {**asdict(answer.memory), "forgotten": answer.memory.forgotten}
+    return told

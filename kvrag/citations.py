@@ -27,6 +27,21 @@ class Span:
     mass: float
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one layer made of one document while the question was read.
+
+    Attributes:
+        start: position at which the document's first row appeared.
+        mass: its share of the attention, mean over heads and the question's rows.
+        focus: the same for squared masses.
+    """
+
+    start: int
+    mass: float
+    focus: float
+
+
 class Attention:
     """Adds up what the rows that chose an answer's tokens looked at."""
 

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -99,7 +98,7 @@ class Corpus:
         self._index = index
         self._store = store
         self._contexts = Contexts(index, encoder, context)
-        self._references = references or References(_references_file(store))
+        self._references = references or References.beside(store)
         self._lockstep = Lockstep(index, store, encoder, self._contexts, self._references, batch_size)
         self._lock = threading.RLock()
         self._followers = Followers(self._contexts.pieces)
@@ -492,11 +491,6 @@ class Corpus:
 
 def _texts(items: Sequence[Item]) -> dict[str, str]:
     return {item.id: item.text for item in items}
-
-
-def _references_file(store: KVStore) -> Path | None:
-    path = getattr(store, "path", None)
-    return None if path is None else Path(path) / "references.sqlite"
 
 
 def _documents(

@@ -17,6 +17,7 @@ from kvrag.fresh import FreshRows
 from kvrag.grammars import Keeper
 from kvrag.model import Model
 from kvrag.prefill import Read, Want
+from kvrag.replay import ReplayedWant, Replays, can_replay
 from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable
 
@@ -213,6 +214,11 @@ def _is_copyable(table: SegmentTable) -> bool:
     return len(table) > 1 and all(s.until_layer is None for s in table)
 
 
+def _device(table: SegmentTable, fresh: FreshRows) -> torch.device:
+    """Where an answer's tokens are read."""
+    return fresh.device or next((s.kv.device for s in table), torch.device("cpu"))
+
+
 class Behind:
     """What an answer's tokens read; copied into one run once that pays.
 
@@ -253,7 +259,10 @@ class Behind:
         self._rent: _Rent | None = None
         table = tables if isinstance(tables, SegmentTable) else tables.at(0)
         self.documents = tuple(s.document for s in table)
-        if for_good and self._looking is None and isinstance(tables, SegmentTable) and _is_copyable(tables):
+        self._replays: Replays | None = None
+        if can_replay(tables, self.fresh, self._specs, self._looking, _device(table, self.fresh)):
+            self._replays = Replays()
+        elif for_good and self._looking is None and isinstance(tables, SegmentTable) and _is_copyable(tables):
             self._rent = _Rent(tables, len(self._specs))
             if self.fresh.standing:  # only in the copy do they count as their documents' rows
                 self._rent = _Rent(SegmentTable(), 0)
@@ -263,7 +272,8 @@ class Behind:
         if self._rent is not None and self._rent.is_spent() and isinstance(self._tables, SegmentTable):
             self.fresh = self.fresh.behind(self._tables, self._specs)
             self._tables, self._rent = SegmentTable(), None
-        return Want(self._tables, [token], [position], self.fresh, self._looking)
+        wanted = (self._tables, [token], [position], self.fresh, self._looking)
+        return Want(*wanted) if self._replays is None else ReplayedWant(*wanted, self._replays)
 
 
 def steps(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -47,6 +48,11 @@ from kvrag.stores import Ahead, open_store
 from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
 from kvrag.worker import Worker
+
+if TYPE_CHECKING:  # an engine without an archive does without Chroma
+    from kvrag.archive.archive import Archive
+    from kvrag.archive.recall import Recall
+    from kvrag.index import Embedding
 
 T = TypeVar("T")
 _USUAL_BUDGET = 4096
@@ -130,6 +136,7 @@ class Engine:
         if max_batch < 1 or self.pass_tokens < 1:
             raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
         self._openings: Openings = WeakValueDictionary()
+        self._many: WeakSet[Sessions] = WeakSet()
         passes = Passes(model, self.pass_tokens)
         self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
 
@@ -283,7 +290,8 @@ class Engine:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
-        recalls: Recalls | None = None,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Session:
         """A conversation with a memory of its own.
 
@@ -299,11 +307,15 @@ class Engine:
             stride: most tokens that are read before they are inserted into the memory; None: `pass_tokens`.
             keeps_log: keep the tokens, 4 bytes each, to say what was forgotten.
             max_undo: turns that can be taken back, each of which may keep as much as the memory itself.
-            recalls: brings back what the memory has lost.
+            archive: where everything that is said is kept, to come back when it is needed; None: what is
+                forgotten is lost. A session without an id gets one then.
+            recall: what comes back; None: the defaults.
 
         Raises:
             ConfigError: the memory needs more positions than the model has.
         """
+        if archive is not None and name is None:
+            name = uuid.uuid4().hex
         settings = Settings(
             self._memory(memory, budget),
             system,
@@ -313,6 +325,7 @@ class Engine:
             max_undo,
         )
         check_room(self.model, settings.policy, 0)
+        recalls = self._recalls(archive, name, recall)
         return Session(
             self._caches, self._worker, settings, name=name, openings=self._openings, recalls=recalls
         )
@@ -327,6 +340,13 @@ class Engine:
             budget = min(_USUAL_BUDGET, self.model.max_length // 2)
         return memory_policy(memory, budget, bytes_per_token=self.model.bytes_per_token)
 
+    def _recalls(self, archive: Archive | None, name: str | None, recall: Recall | None) -> Recalls | None:
+        if archive is None or name is None:
+            return None
+        from kvrag.archive.recall import SpanRecalls  # noqa: PLC0415 - needs Chroma
+
+        return SpanRecalls(archive, self.model, name, recall)
+
     def sessions(
         self,
         folder: str | Path,
@@ -339,7 +359,8 @@ class Engine:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
-        recalls: Callable[[str], Recalls] | None = None,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Sessions:
         """Many conversations by id, of which those used least recently wait in a folder.
 
@@ -353,7 +374,8 @@ class Engine:
             stride: most tokens that are read before they are inserted.
             keeps_log: keep the tokens.
             max_undo: turns that can be taken back.
-            recalls: for an id, what brings back what its memory has lost.
+            archive: see `session`.
+            recall: see `session`.
 
         Raises:
             SessionError: another process has the folder.
@@ -370,28 +392,42 @@ class Engine:
                 stride=stride,
                 keeps_log=keeps_log,
                 max_undo=max_undo,
-                recalls=None if recalls is None else recalls(name),
+                archive=archive,
+                recall=recall,
             )
 
         check_room(self.model, policy, 0)
-        return Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+        sessions = Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+        self._many.add(sessions)
+        return sessions
 
     def load_session(
-        self, path: str | Path, memory: MemoryPolicy | None = None, *, recalls: Recalls | None = None
+        self,
+        path: str | Path,
+        memory: MemoryPolicy | None = None,
+        *,
+        archive: Archive | None = None,
+        recall: Recall | None = None,
     ) -> Session:
         """A session as `Session.save` wrote it; its next token's logits are the same bits.
 
         Args:
             path: of the file.
             memory: as it was made with; None: one of this package's, which the file names.
-            recalls: see `session`.
+            archive: the one that it was made with.
+            recall: see `session`.
 
         Raises:
             SessionDamaged: there is no such file, or it is not whole.
             ConfigError: it was made with another model or memory.
         """
         return loaded_session(
-            self._caches, self._worker, Path(path), memory, openings=self._openings, recalls=recalls
+            self._caches,
+            self._worker,
+            Path(path),
+            memory,
+            openings=self._openings,
+            recalls=lambda name: self._recalls(archive, name, recall),
         )
 
     def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[AnswerStream]:
@@ -495,6 +531,44 @@ class Engine:
         """What has been counted since the engine was made; see `kvrag.metrics` for Prometheus."""
         return self._caches.metrics.snapshot(counts_of(self._caches.reads))
 
+    def fingerprint(self) -> Fingerprint:
+        """What entries depend on that stand behind nothing: model, codec, tenant."""
+        return self._caches.fingerprint_behind(())
+
+    def archive(
+        self,
+        path_or_url: str | Path,
+        *,
+        collection: str = "kvrag-archive",
+        embedding: Embedding | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Archive:
+        """Open what chats have said, to go on with: texts in a Chroma database, rows in the engine's store.
+
+        Args:
+            path_or_url: folder of a Chroma database, or address of a Chroma server; best a folder of its own,
+                because of one folder only one process writes at a time.
+            collection: its name; nothing but the archive's spans may be in it.
+            embedding: any Chroma embedding function; None: the collection's, at first `HashedEmbedding`.
+            ttl_seconds: time to live of its entries; None: the store's.
+
+        Raises:
+            ConfigError: the engine has no store, or the collection was made with another embedding.
+            CorpusError: the database cannot be opened.
+        """
+        if self.store is None:
+            raise ConfigError("an archive keeps rows in the engine's store; give the engine store='folder'")
+        from kvrag.archive.archive import Archive  # noqa: PLC0415 - needs Chroma
+
+        return Archive.open(
+            path_or_url,
+            self.store,
+            self.fingerprint(),
+            collection=collection,
+            embedding=embedding,
+            ttl_seconds=ttl_seconds,
+        )
+
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
         """What a corpus needs to build caches for prompts of one form."""
         form = prompt or RagPrompt.of(self.model.text)
@@ -528,9 +602,17 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Cancel running answers and let go of the store's files."""
-        self._worker.close()
-        self._caches.close()
+        """Write the sessions that have a folder, cancel running answers, let go of the store's files.
+
+        Raises:
+            StoreWriteError: sessions cannot be written; the engine is closed all the same.
+        """
+        try:
+            for sessions in list(self._many):
+                sessions.close()
+        finally:
+            self._worker.close()
+            self._caches.close()
 
     def __enter__(self) -> Engine:
         """Close on exit."""

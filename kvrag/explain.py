@@ -17,6 +17,7 @@ from kvrag.store.key import tagged_digest
 logger = logging.getLogger(__name__)
 
 _MAX_TOLD = 10_000
+_LEAST = 8  # characters of a text; with fewer it could not be told from others
 
 
 def explain(
@@ -24,6 +25,7 @@ def explain(
     chunks: KnownTexts | ChunkMatcher | Mapping[str, str] | None = None,
     *,
     width: int = 48,
+    fits: int | None = None,
 ) -> str:
     """A table of the plan's spans, a sum, and a reason for each of `chunks` that is not in it.
 
@@ -31,12 +33,14 @@ def explain(
         plan: what `kvrag.plan.plan` returned.
         chunks: the chunks that were expected in the prompt; None leaves out the reasons.
         width: characters of each text that are shown.
+        fits: longest line of the table, where fewer characters are shown for it; None: no limit.
     """
     lines = ["kind       characters  tokens  text"]
     for span in plan.spans:
         place = f"{span.start}..{span.end}"
         name = _name(span) if isinstance(span, Cached) else ""
-        lines.append(f"{span.kind:<8} {place:>12} {len(span.tokens):>7}  {name}{_shown(span.text, width)}")
+        start = f"{span.kind:<8} {place:>12} {len(span.tokens):>7}  {name}"
+        lines.append(start + _fitting(span.text, width, None if fits is None else fits - len(start)))
     cached = plan.num_cached_tokens + (len(plan.prefix.tokens) if plan.prefix else 0)
     lines.append(
         f"{plan.num_tokens} tokens: {cached} in {len(plan.cached)} known chunks and the prefix, "
@@ -167,6 +171,15 @@ def _differs(prompt: str, text: str) -> str:
         f"the prompt follows it for {low} of {len(text)} characters; "
         f"then it has {_shown(prompt[end:], 12)} instead of {_shown(text[low:], 12)}"
     )
+
+
+def _fitting(text: str, width: int, room: int | None) -> str:
+    """The same in less room, quotes and escapes counted."""
+    shown = _shown(text, width)
+    while room is not None and len(shown) > room and width > _LEAST:
+        width -= 1
+        shown = _shown(text, width)
+    return shown
 
 
 def _shown(text: str, width: int) -> str:

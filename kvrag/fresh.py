@@ -57,10 +57,36 @@ class FreshRows:
         self._counts[layer] = end
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
+    def hold(self, num_rows: int) -> None:
+        """Make room for so many more rows in every layer; until then the buffers stay where they are."""
+        for layer, buffers in enumerate(self._buffers):
+            if buffers is None:
+                raise ValueError("nothing was read yet")
+            end = self._counts[layer] + num_rows
+            if buffers[0].shape[2] < end:
+                self._buffers[layer] = self._grow(buffers, *buffers, self._counts[layer], end)
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's whole buffers, [1, K, room, D] and [1, K, room, Dv]; the first rows mean something."""
+        buffers = self._buffers[layer]
+        if buffers is None:
+            raise ValueError(f"nothing was read in layer {layer}")
+        return buffers
+
+    def took(self, position: int) -> None:
+        """Count a row that was written to the buffers of all layers."""
+        self._counts = [count + 1 for count in self._counts]
+        self.positions.append(position)
+
     def cut(self, num_rows: int) -> None:
         """Keep the first `num_rows` only; also of what a pass that failed added to some layers."""
         self._counts = [min(count, num_rows) for count in self._counts]
         del self.positions[num_rows:]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the rows are; None before the first was read."""
+        return self._buffers[0][0].device if self._buffers and self._buffers[0] is not None else None
 
     @property
     def num_rows(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvrag.archive.archive import Archive
 from kvrag.config import ALONE, BEFORE, Context, store_key
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
@@ -70,7 +71,7 @@ class _NoEncoder:
 
 
 class Home:
-    """Opens what lies in a folder: `chroma/`, `store/`, `settings.json`."""
+    """Opens what lies in a folder: `chroma/`, `store/`, `archive/`, `settings.json`."""
 
     def __init__(
         self,
@@ -186,8 +187,41 @@ class Home:
         """Whether the collection is there."""
         return Index.exists(self._database(), self._collection)
 
+    def archive_index(self, *, embedding: Embedding | None = None) -> Index:
+        """The collection of what chats have said; a new one gets this embedding, or the default.
+
+        It has a folder of its own beside the documents', so that chats and ingestion do not wait for each
+        other: of one folder, only one process writes at a time.
+        """
+        return Index.open(self._archive_database(), self._archive_collection, embedding=embedding)
+
+    def has_archive(self) -> bool:
+        """Whether chats were archived here."""
+        return Index.exists(self._archive_database(), self._archive_collection)
+
+    def archive(self, engine: Engine, *, embedding: Embedding | None = None) -> Archive:
+        """What chats have said, for an engine whose caches lie here.
+
+        Raises:
+            ConfigError: the engine works for another tenant.
+        """
+        self._require_tenant(engine)
+        store = engine.store or self.store()
+        return Archive(self.archive_index(embedding=embedding), store, engine.fingerprint())
+
+    @property
+    def _archive_collection(self) -> str:
+        return f"{self._collection}-archive"
+
+    def _archive_database(self) -> str | Path:
+        return self._server() or self.path / "archive"
+
     def _database(self) -> str | Path:
         return self._server() or self.path / "chroma"
+
+    def _require_tenant(self, engine: Engine) -> None:
+        if engine.tenant != self.tenant:
+            raise ConfigError("the engine's tenant is not the folder's: give both the same, or none")
 
     def _server(self) -> str | None:
         return self._chroma or (self.settings().chroma if self.exists() else None)
@@ -206,8 +240,7 @@ class Home:
         index = self.index()
         if engine is None:
             return Corpus(index, self.store(), _NoEncoder())
-        if engine.tenant != self.tenant:
-            raise ConfigError("the engine's tenant is not the folder's: give both the same, or none")
+        self._require_tenant(engine)
         store = engine.store or self.store()
         return Corpus(index, store, engine.encoder(self.form(engine)), context=_fitting(index, context))
 

@@ -246,13 +246,17 @@ class Index:
         with self._reading() as collection:
             return _records(collection.get(limit=_PAGE, offset=offset))
 
-    def records_with_vectors(self) -> Iterator[tuple[Record, Vector | None]]:
-        """The same with the vectors that Chroma has of them."""
+    def records_with_vectors(
+        self, where: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[Record, Vector | None]]:
+        """The same with the vectors that Chroma has of them; those that a filter on metadata lets through."""
         offset = 0
         while True:
             with self._reading() as collection:
                 everything = ["documents", "metadatas", "embeddings"]
-                found = collection.get(limit=_PAGE, offset=offset, include=cast(Any, everything))
+                found = collection.get(
+                    where=cast(Any, where), limit=_PAGE, offset=offset, include=cast(Any, everything)
+                )
             page, vectors = _records(found), found["embeddings"]
             if not page:
                 return
@@ -362,7 +366,7 @@ class Index:
             return collection.count()
 
     def begin_writing(self) -> None:
-        """Take the writers' lock now, and hold it until `close`; every change does so by itself.
+        """Take the writers' lock now, and hold it until `end_writing` or `close`; every change does so.
 
         Raises:
             CorpusLocked: another process is writing.
@@ -372,12 +376,17 @@ class Index:
                 self._database.begin_writing()
                 self._writes = True
 
-    def close(self) -> None:
-        """Give back the writers' lock and the database; the object cannot be used afterwards."""
+    def end_writing(self) -> None:
+        """Give the writers' lock back, so that other processes can write."""
         with self._lock:
             if self._writes:
                 self._database.end_writing()
             self._writes = False
+
+    def close(self) -> None:
+        """Give back the writers' lock and the database; the object cannot be used afterwards."""
+        with self._lock:
+            self.end_writing()
             self._database.close()
 
     @contextmanager
@@ -454,8 +463,11 @@ def _create(database: _Database, name: str, embedding: Embedding | None) -> Clie
     database.begin_writing()
     try:
         with database.writing() as client:
+            chosen = embedding or HashedEmbedding()
+            # Named, because Chroma does not ask the embedding once it is told anything of the graph.
+            graph = {"space": chosen.default_space(), **_GRAPH}
             client.get_or_create_collection(
-                name, embedding_function=cast(Any, embedding or HashedEmbedding())
+                name, embedding_function=cast(Any, chosen), configuration=cast(Any, {"hnsw": graph})
             )
             return client
     finally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from kvrag.attention import Fixed, Looking
+from kvrag.citations import Seen
 from kvrag.compose import Arrangement, Composed
 from kvrag.focus.focus import Focus, Staircase
 from kvrag.focus.placement import Placed
@@ -40,6 +42,8 @@ class Look:
         risk: how far the answer may be from the one of full attention.
         question_mass: attention mass of each document over the question's rows, mean over layers and heads,
             before documents were mended or read in full.
+        layers: for each layer, what it made of the documents it read, by number; of the same reading.
+        question_at: position of the first token behind the documents, in that reading.
         recomputed: rows of documents that were read again for this answer.
         in_full: all documents were read anew because the risk was too high.
     """
@@ -53,6 +57,8 @@ class Look:
     columns: Columns
     risk: Risk
     question_mass: Mapping[int, float]
+    layers: Sequence[Mapping[int, Seen]]
+    question_at: int
     recomputed: int = 0
     in_full: bool = False
 
@@ -167,6 +173,8 @@ def _read(
         columns,
         risk(last, found.logits[-1]),
         _question_mass(found, composed),
+        _layers(found, composed, focus.tables),
+        composed.end - (len(composed.tokens) - composed.question),
         arrangement.num_again,
     )
 
@@ -176,6 +184,19 @@ def _question_mass(found: Read, composed: Composed) -> dict[int, float]:
     return {
         s.document: float(rows[:, i].mean()) for i, s in enumerate(composed.table) if s.document is not None
     }
+
+
+def _layers(found: Read, composed: Composed, tables: Sequence[SegmentTable]) -> list[dict[int, Seen]]:
+    """Places and shares of the documents that each layer read."""
+    shares = torch.stack((found.mass, found.focus))[..., composed.question :].mean(-1).tolist()
+    return [
+        {
+            s.document: Seen(s.target, mass[i], focus[i])
+            for i, s in enumerate(table)
+            if s.document is not None and s.is_read_by(layer)
+        }
+        for layer, (table, mass, focus) in enumerate(zip(tables, *shares, strict=True))
+    ]
 
 
 def _by_document(composed: Composed, columns: list[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -189,7 +210,7 @@ def _mend(reader: _Reader, arrangement: Arrangement, found: Look, repair: Repair
     placed = {number: start for number, start in focus.starts().items() if number in focus.kept}
     kept = arrangement.only(focus.kept).placed(placed, arrangement.query).in_order()
     again = yield from _read_mended(reader, kept, repair, found.columns)
-    return replace(again, focus=focus, columns=found.columns, question_mass=found.question_mass)
+    return replace(again, focus=focus, columns=found.columns, **_first(found))
 
 
 def _read_mended(reader: _Reader, arrangement: Arrangement, repair: Repair, columns: Columns) -> Work[Look]:
@@ -208,7 +229,16 @@ def _in_full(reader: _Reader, arrangement: Arrangement, found: Look) -> Work[Loo
     placed = Placed(tuple(u.start for u in whole.units), whole.query)
     plain = replace(reader, policy=replace(reader.policy, group=None))
     full = yield from _read(plain, whole, placed, None)
-    return replace(full, risk=found.risk, question_mass=found.question_mass, in_full=True)
+    return replace(full, risk=found.risk, in_full=True, **_first(found))
+
+
+def _first(found: Look) -> dict[str, Any]:
+    """What the first reading of the question saw, for one that comes after it."""
+    return {
+        "question_mass": found.question_mass,
+        "layers": found.layers,
+        "question_at": found.question_at,
+    }
 
 
 def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, torch.Tensor]:

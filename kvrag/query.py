@@ -146,6 +146,8 @@ def _answer(caches: Caches, request: Request, stride: int) -> Generator[Piece | 
         looked.in_full,
         None if sampling.logprobs is None else tuple(written.logprobs),
         caches.trace([span.key for span in planned.cached], loaded, planned.num_tokens),
+        layers=tuple(tuple(layer.get(n) for n in range(len(loaded))) for layer in looked.layers),
+        question_at=looked.question_at,
     )
 
 

@@ -31,11 +31,13 @@ class VerifyReport:
         entries: caches in the store, which other collections may share.
         num_bytes: bytes of them, every one of which was read.
         store: damaged entries, orphans, and rows of the index that say other things than the files.
-        stale: references to caches by documents that are not in the collection.
-        unreferenced: documents whose cache is there and that refer to none, so that another collection's
+        stale: references to caches by documents, or spans of chats, that are not in the collection.
+        unreferenced: those whose cache is there and that refer to none, so that another collection's
             deletion could take it.
         uncached: documents without a usable cache; they are read anew when they are asked for.
         fixed: what can be mended without a model was mended.
+        spans: archived spans of chats.
+        uncached_spans: those without a usable cache; they are read anew when they are needed.
     """
 
     records: int
@@ -46,6 +48,8 @@ class VerifyReport:
     unreferenced: tuple[str, ...]
     uncached: tuple[str, ...]
     fixed: bool
+    spans: int = 0
+    uncached_spans: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -71,21 +75,28 @@ def verify(
     if bytes_per_second is not None and not bytes_per_second > 0:
         raise ConfigError(f"bytes_per_second={bytes_per_second}: expected more than 0")
     home.settings()
-    with closing(home.store()) as store, closing(home.index()) as index:
+    with closing(home.store()) as store:
         before = store.stats()
         check = store.check(fix=fix, progress=_pace(before.num_bytes, bytes_per_second, progress))
         bad = set() if fix else set(check.damaged)
-        with closing(References(store.path / "references.sqlite")) as references:
-            stale, unreferenced, uncached = _compare(index, store, references, bad, fix=fix)
+        with closing(References.beside(store)) as references:
+            with closing(home.index()) as index:
+                documents = _compare(index, store, references, bad, fix=fix)
+            spans = _Compared(0)
+            if home.has_archive():
+                with closing(home.archive_index()) as index:
+                    spans = _compare(index, store, references, bad, fix=fix)
         return VerifyReport(
-            records=index.count(),
+            records=documents.records,
             entries=before.entries,
             num_bytes=before.num_bytes,
             store=check,
-            stale=tuple(stale),
-            unreferenced=tuple(unreferenced),
-            uncached=tuple(uncached),
+            stale=(*documents.stale, *spans.stale),
+            unreferenced=(*documents.unreferenced, *spans.unreferenced),
+            uncached=documents.uncached,
             fixed=fix,
+            spans=spans.records,
+            uncached_spans=spans.uncached,
         )
 
 
@@ -104,10 +115,20 @@ def _pace(total: int, bytes_per_second: float | None, progress: Progress | None)
     return count
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """How many records a collection has, and the ids of those with which something is not as it should be."""
+
+    records: int
+    stale: tuple[str, ...] = ()
+    unreferenced: tuple[str, ...] = ()
+    uncached: tuple[str, ...] = ()
+
+
 def _compare(
     index: Index, store: DiskStore, references: References, damaged: set[str], *, fix: bool
-) -> tuple[list[str], list[str], list[str]]:
-    """Ids of documents with stale references, without a reference, and without a usable cache."""
+) -> _Compared:
+    """Records with stale references, without a reference, and without a usable cache."""
     named, seen = references.of(index.id), set()
     unreferenced: dict[str, str] = {}
     uncached = []
@@ -123,7 +144,7 @@ def _compare(
     if fix:
         references.add(index.id, unreferenced)
         references.collect(references.remove(index.id, stale), store.delete)
-    return stale, sorted(unreferenced), sorted(uncached)
+    return _Compared(len(seen), tuple(stale), tuple(sorted(unreferenced)), tuple(sorted(uncached)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +212,9 @@ def collect(home: Home, *, quarantine_seconds: float = 30 * DAY, dry_run: bool =
     if not dry_run:
         with closing(home.index()) as index:
             index.forget()
+        if home.has_archive():
+            with closing(home.archive_index()) as index:
+                index.forget()
     return SweepResult(tuple(some for some in found if some.names), dry_run)
 
 
@@ -212,7 +236,7 @@ def _unreferenced(store: DiskStore, spared: set[str], *, dry_run: bool) -> Rubbi
         return dry_run or bool(store.delete(key_id))
 
     candidates = (key_id for key_id in store.ids() if key_id not in spared)
-    with closing(References(store.path / "references.sqlite")) as references:
+    with closing(References.beside(store)) as references:
         gone = references.collect(candidates, erase)
     return Rubbish("unreferenced", tuple(gone), sum(sizes[key_id] for key_id in gone))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # help texts must not wait for torch
     from kvrag.rag import Reply, Source
 
 _BAR = 10
+# To be read on light and on dark terminals: no yellow, no cyan, no blue.
+_COLOURS = {"error": "bold red", "warning": "bold magenta", "note": "bold"}
 
 
 def stdout() -> Console:
@@ -38,6 +40,22 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Standard error."""
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def tell(kind: Literal["error", "warning", "note"], message: str) -> None:
+    """A line on standard error; on a terminal it is broken between words, and the kind has a colour."""
+    out = stderr()
+    line = Text.assemble((f"{kind}:", _COLOURS[kind]), " ", message)
+    out.print(line, soft_wrap=not out.is_terminal)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> count(1, "chunk"), count(2, "chunk")
+    ('1 chunk', '2 chunks')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def print_rows(header: tuple[str, str, str], rows: list[tuple[str, str, str]]) -> None:
@@ -125,6 +143,19 @@ def _status(reply: Reply) -> list[str]:
     if answer.in_full:
         parts.append("read in full")
     return parts
+
+
+def print_spans(spans: Sequence[tuple[int, int, str]], show: Callable[[str], None]) -> None:
+    """Places in a conversation and what they say, each in a line no wider than the terminal.
+
+    Args:
+        spans: first token, the one behind the last, and the text.
+        show: prints a line.
+    """
+    width = stdout().width
+    for start, end, text in spans:
+        place = f"  {start} to {end - 1}: "
+        show((place + _cut(" ".join(text.split()), max(12, width - len(place)))).rstrip())
 
 
 def _print_parts(out: Console, parts: Sequence[str]) -> None:

@@ -51,7 +51,13 @@ def warm(
             break
         start += len(rows)
         items = contexts.items(index.get([record for _, _, record in rows]), [])
-        built += lockstep.build(items, label=not only_missing)
+        entries = store.stats().entries
+        made = lockstep.build(items, label=not only_missing)
+        built += made
+        if room is not None and store.stats().entries < entries + made:
+            # The first one, whose size nobody knew, was larger than the room: another one went.
+            is_full = True
+            break
         tokens += sum(length for _, length, _ in rows)
         if progress is not None:
             progress(tokens, total)

@@ -419,3 +419,14 @@ def test_why_not_names_who_has_the_characters() -> None:
     assert "the prefix has its place 0..4" in why_not(p, "abcd")
     assert "not known" in why_not(p, "efgh")
     assert why_not(p, " ") == "it is empty"
+
+
+def test_a_table_fits_where_it_is_told_to() -> None:
+    words = "a chunk of\ttext\nwith much in it that has to be escaped and cut " * 3
+    p = plan(
+        f"{words} Why?", {"a-name-that-is-long-enough": words}, tokenize=lambda text: tuple(text.encode())
+    )
+    table = explain(p, fits=80).splitlines()[:-1]
+    assert max(map(len, table)) <= 80
+    assert "chunk" in table[1]
+    assert max(map(len, explain(p).splitlines()[:-1])) > 80

@@ -15,7 +15,7 @@ import pytest
 import kvrag
 from kvrag import errors
 
-NEED_CHROMA = ["Corpus", "Index", "ask"]
+NEED_CHROMA = ["Archive", "Corpus", "Index", "Recall", "ask"]
 
 
 def in_a_fresh_process(code: str) -> str:
@@ -78,3 +78,8 @@ def test_importing_the_package_loads_neither_torch_nor_chroma() -> None:
         "print(json.dumps([n in sys.modules for n in ('torch', 'chromadb', 'transformers')]))"
     )
     assert json.loads(in_a_fresh_process(code)) == [False, False, False]
+
+
+def test_an_engine_without_an_archive_does_without_chroma() -> None:
+    code = "import sys, kvrag.engine; print('chromadb' in sys.modules)"
+    assert in_a_fresh_process(code).strip() == "False"

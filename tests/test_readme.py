@@ -16,7 +16,7 @@ def test_python_blocks_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     space: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), space)
@@ -25,6 +25,7 @@ def test_python_blocks_run_in_order(
     assert "Usage(" in printed
     assert "DocumentUse(" in printed
     assert printed.count("Naihaven") >= 3
+    assert "The hobby of Neiia Kleiski is judo." in printed
     assert "'cache_read': " in printed
     assert "'cache_read': 0" not in printed
 

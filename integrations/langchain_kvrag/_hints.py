@@ -182,7 +182,7 @@ def write_back(documents: Iterable[Document], uses: Sequence[dict[str, Any]]) ->
 
     Args:
         documents: those without the field are left alone: they may belong to somebody else.
-        uses: as `langchain_kvrag._results.report` gives them.
+        uses: as `kvrag.answer.report` gives them.
     """
     by_key = {use["key"]: use for use in uses}
     for document in documents:

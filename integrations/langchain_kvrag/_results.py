@@ -1,9 +1,8 @@
-"""From the engine's answer to what LangChain reports: token counts, caches, documents, log probabilities."""
+"""From the engine's answer to what LangChain reports: token counts, log probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
@@ -32,25 +31,3 @@ def logprobs_of(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any]:
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "bytes": list(token.text.encode()), "logprob": token.logprob}
-
-
-def report(answer: Answer) -> dict[str, Any]:
-    """What came from caches, what each document got, how long it took; plain values that can be stored."""
-    return {
-        "usage": asdict(answer.usage),
-        "documents": [
-            {
-                "key": use.key,
-                "num_tokens": use.num_tokens,
-                "is_hit": use.is_hit,
-                "mass": use.mass,
-                "focus": use.focus,
-                "question_mass": use.question_mass,
-                "dropped_at": use.dropped_at,
-            }
-            for use in answer.documents
-        ],
-        "seconds": asdict(answer.timing),
-        "policy": answer.policy,
-        "in_full": answer.in_full,
-    }

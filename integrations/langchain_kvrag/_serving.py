@@ -13,7 +13,7 @@ from uuid import UUID
 
 from langchain_core.documents import Document
 from langchain_core.exceptions import ContextOverflowError
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from kvrag import (
     Answer,
@@ -24,18 +24,22 @@ from kvrag import (
     GenerationCancelled,
     Policy,
     Sampling,
+    Session,
 )
+from kvrag.answer import report
 from kvrag.constrain import Constraint
 from kvrag.explain import why_not
 from kvrag.focus.policy import PLAIN, preset
 from kvrag.ingested import key_of
+from kvrag.messages import Tool
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
+from kvrag.sessions.session import History
 from kvrag.shared import EngineSettings, SharedEngine, shared_engine
 from kvrag.store.key import tagged_digest
 from kvrag.tiers import Tier
 from langchain_kvrag._hints import WATCH, serve, write_back
-from langchain_kvrag._results import report
+from langchain_kvrag._sessions import InSessions
 
 logger = logging.getLogger("langchain_kvrag")
 
@@ -68,7 +72,7 @@ class Call:
     timeout: float | None
 
 
-class Serving(BaseModel):
+class Serving(InSessions):
     """Fields and inner life of both models; not used by itself."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
@@ -147,6 +151,7 @@ class Serving(BaseModel):
         self._call(None, {})
         self.running.model.fingerprint()  # reads all weights once: better now than in an event loop
         serve(self.running, self.document_form)
+        self._start_chats()
         return self
 
     @property
@@ -178,13 +183,16 @@ class Serving(BaseModel):
         """
         if self.engine is not None:
             raise ConfigError("made with engine=..., this cannot be pickled; name model and store instead")
+        self._check_travel()
         state = super().__getstate__()
-        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), "_share": None}}
+        private = {**(state["__pydantic_private__"] or {}), "_share": None, "_chats": None}
+        return {**state, "__pydantic_private__": private}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Load the engine, or share it."""
         super().__setstate__(state)
         serve(self.running, self.document_form)
+        self._start_chats()
 
     @property
     def model_name(self) -> str:
@@ -277,26 +285,42 @@ class Serving(BaseModel):
 
     @contextmanager
     def _ask(self, prompt: str, call: Call) -> Iterator[AnswerStream]:
-        """An answer under way; it is cancelled on exit, and errors come out as both sides know them.
-
-        Raises:
-            ContextOverflowed: the prompt leaves no room for an answer.
-            AnswerTimeout: it took too long.
-        """
-        with self.running.stream_rendered(
+        """An answer under way to a prompt of which nothing but documents was read before."""
+        stream = self.running.stream_rendered(
             prompt,
             None if self.caches else (),
             prefix=self.document_prefix if self.caches else "",
             sampling=call.sampling,
             policy=call.policy,
             is_rendered=self._is_rendered,
-        ) as stream:
+        )
+        with self._under_way(stream, call):
+            yield stream
+
+    @contextmanager
+    def _reply(
+        self, session: Session, history: History, call: Call, tools: Sequence[Tool] = ()
+    ) -> Iterator[AnswerStream]:
+        """The next turn of a session under way."""
+        stream = session.stream_reply(history, tools=tools or None, sampling=call.sampling)
+        with self._under_way(stream, call):
+            yield stream
+
+    @contextmanager
+    def _under_way(self, started: AnswerStream, call: Call) -> Iterator[None]:
+        """An answer is cancelled on exit, and errors come out as both sides know them.
+
+        Raises:
+            ContextOverflowed: the prompt leaves no room for an answer.
+            AnswerTimeout: it took too long.
+        """
+        with started as stream:
             timer = None if call.timeout is None else threading.Timer(call.timeout, stream.cancel)
             if timer is not None:
                 timer.daemon = True
                 timer.start()
             try:
-                yield stream
+                yield
             except ContextOverflow as error:
                 raise ContextOverflowed(str(error)) from error
             except GenerationCancelled as error:

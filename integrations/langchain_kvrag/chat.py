@@ -36,8 +36,14 @@ class ChatKVCache(Serving, BaseChatModel):
     >>> model = ChatKVCache(model="Qwen/Qwen2.5-7B-Instruct", store="caches")  # doctest: +SKIP
     >>> model.invoke("Why is the sky blue?").usage_metadata  # doctest: +SKIP
 
+    With `sessions`, a conversation keeps a memory that does not grow, and only what is new in it is read:
+
+    >>> model = ChatKVCache(sessions="chats", memory="cascade", memory_budget=4096)  # doctest: +SKIP
+    >>> model.invoke(history, {"configurable": {"thread_id": "jane"}})  # doctest: +SKIP
+
     What came from caches stands in `usage_metadata["input_token_details"]["cache_read"]`, and in
-    `response_metadata["kvrag"]` with each document's share of the attention.
+    `response_metadata["kvrag"]` with each document's share of the attention; under `memory` what a session's
+    turn has read and still remembers.
     """
 
     @model_validator(mode="after")
@@ -83,10 +89,18 @@ class ChatKVCache(Serving, BaseChatModel):
         Raises:
             InputError: the model has no chat template, or it refuses these messages.
         """
+        told = [convert_to_openai_tool(tool) for tool in tools or ()]
+        return self.running.render(self._history(messages), tools=told or None)
+
+    def _history(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+        """Messages for the chat template.
+
+        Raises:
+            InputError: the model has no chat template, or a message is not text.
+        """
         if not self.running.model.text.has_template:
             raise InputError(f"{self.model} has no chat template; use KVCacheLLM, which takes text")
-        told = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return self.running.render(template_messages(messages), tools=told or None)
+        return template_messages(messages)
 
     # ---- tools and forms
 
@@ -212,16 +226,22 @@ class ChatKVCache(Serving, BaseChatModel):
         if documents:
             known_of(self.running).see([document.page_content for document in documents])
         form = form_of(options, self.max_json_chars)
-        prompt = self._render(messages, form.tools)
+        session = self._session_of(options, run_manager)
         call = self._call(stop, options, form.constraint)
         run_id = run_manager.run_id if run_manager else None
+        if session is None:
+            stream = self._ask(self._render(messages, form.tools), call)
+        else:
+            stream = self._reply(session, self._history(messages), call, form.tools)
 
         def about(answer: Answer) -> dict[str, Any]:
             told = self._tell(answer, run_id, documents)
+            if session is not None:
+                told["session"] = session.name
             named = {"model_name": self.model, "model_provider": "kvrag", "kvrag": told}
             return {**named, "finish_reason": answer.finish_reason}
 
-        return _Asked(self._ask(prompt, call), CallWatch(form.tools), about)
+        return _Asked(stream, CallWatch(form.tools), about)
 
 
 @dataclass

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import Runnable
 from pydantic import model_validator
 
 from kvrag import Answer, AnswerStream
@@ -23,6 +25,9 @@ class KVCacheLLM(Serving, BaseLLM):
 
     The prompt is what the model sees, without a chat template: for a model that was trained to chat,
     `ChatKVCache` gives better answers. Both find the same caches.
+
+    With a session (see `Serving`), a prompt is the whole text so far: only what it adds to the text before is
+    read. Several prompts in one `generate` have no session.
 
     >>> from langchain_kvrag import KVCacheLLM  # doctest: +SKIP
     >>> KVCacheLLM(model="kvrag/reader", store="caches").invoke("...")  # doctest: +SKIP
@@ -52,9 +57,9 @@ class KVCacheLLM(Serving, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """All prompts are under way at once; the engine's thread decodes them together."""
-        call = self._call(stop, kwargs)
+        begin = self._begin(stop, kwargs, run_manager, is_alone=len(prompts) == 1)
         with ExitStack() as stack:
-            streams = [stack.enter_context(self._ask(p, call)) for p in prompts]
+            streams = [stack.enter_context(begin(p)) for p in prompts]
             answers = []
             for stream in streams:
                 for _ in stream:
@@ -70,9 +75,9 @@ class KVCacheLLM(Serving, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """The same without blocking the event loop."""
-        call = self._call(stop, kwargs)
+        begin = self._begin(stop, kwargs, run_manager, is_alone=len(prompts) == 1)
         with ExitStack() as stack:
-            streams = [stack.enter_context(self._ask(p, call)) for p in prompts]
+            streams = [stack.enter_context(begin(p)) for p in prompts]
             answers = await asyncio.gather(*(_acomplete(stream) for stream in streams))
         return self._result(answers, run_manager)
 
@@ -83,7 +88,7 @@ class KVCacheLLM(Serving, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with self._ask(prompt, self._call(stop, kwargs)) as stream:
+        with self._begin(stop, kwargs, run_manager)(prompt) as stream:
             for piece in stream.events():
                 chunk = GenerationChunk(text=piece.text, generation_info=logprobs_of(piece.logprobs))
                 if run_manager:
@@ -98,7 +103,7 @@ class KVCacheLLM(Serving, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with self._ask(prompt, self._call(stop, kwargs)) as stream:
+        with self._begin(stop, kwargs, run_manager)(prompt) as stream:
             async with aclosing(stream.aevents()) as pieces:
                 async for piece in pieces:
                     chunk = GenerationChunk(text=piece.text, generation_info=logprobs_of(piece.logprobs))
@@ -106,6 +111,31 @@ class KVCacheLLM(Serving, BaseLLM):
                         await run_manager.on_llm_new_token(piece.text, chunk=chunk)
                     yield chunk
             yield GenerationChunk(text="", generation_info=self._about(finished(stream), run_manager))
+
+    def _begin(
+        self, stop: list[str] | None, options: dict[str, Any], run_manager: Any, *, is_alone: bool = True
+    ) -> Callable[[str], AbstractContextManager[AnswerStream]]:
+        """What starts an answer to a prompt."""
+        session = self._session_of(options, run_manager)
+        call = self._call(stop, options)
+        if session is None or not is_alone:
+            return partial(self._ask, call=call)
+        return partial(self._reply, session, call=call)
+
+    # LangChain hands several prompts over at once, as if they were of one run; turns are of several.
+
+    def batch(self, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+        """The answers to several prompts, each with the session of its own configuration."""
+        each: Callable[..., list[Any]] = (
+            partial(Runnable.batch, self) if self._is_in_sessions else super().batch
+        )
+        return each(inputs, config, **kwargs)
+
+    async def abatch(self, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+        """The same without blocking the event loop."""
+        each: Any = partial(Runnable.abatch, self) if self._is_in_sessions else super().abatch
+        found: list[Any] = await each(inputs, config, **kwargs)
+        return found
 
     def _result(self, answers: list[Answer], run_manager: Any) -> LLMResult:
         usages = [usage_of(answer) for answer in answers]

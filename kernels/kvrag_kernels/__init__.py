@@ -1,9 +1,14 @@
-"""Attention over segments, and the update of a cascade: fast paths, each beside its definition."""
+"""Attention over segments, strides and the memories they fill: fast paths, each beside its definition."""
 
+from kvrag_kernels._backend import Backend, backend, using
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
+from kvrag_kernels.move_rows import move_rows
 from kvrag_kernels.segment_attention import (
+    AnyRows,
     Attended,
     Group,
+    PagedRows,
+    QuantisedRows,
     RowMask,
     Rows,
     Turn,
@@ -13,23 +18,36 @@ from kvrag_kernels.segment_attention import (
     part_mass,
     parted_attention,
     segment_attention,
+    segment_attention_many,
     segment_attention_reference,
 )
+from kvrag_kernels.strided_prefill import Scoring, Strided, strided_prefill
 
 __all__ = [
+    "AnyRows",
     "Attended",
+    "Backend",
     "CascadeUpdate",
     "Group",
+    "PagedRows",
+    "QuantisedRows",
     "RowMask",
     "Rows",
+    "Scoring",
+    "Strided",
     "Turn",
+    "backend",
     "cascade_update",
     "cascade_update_reference",
     "column_mass",
     "column_scores",
     "column_scores_reference",
+    "move_rows",
     "part_mass",
     "parted_attention",
     "segment_attention",
+    "segment_attention_many",
     "segment_attention_reference",
+    "strided_prefill",
+    "using",
 ]

@@ -105,6 +105,6 @@ def ask(
     out.print("\n")
     print_reply(reply)
     if plan:
-        out.print(explain(reply.answer.plan))
+        out.print(explain(reply.answer.plan, fits=out.width if out.is_terminal else None))
     if trace:
         print_trace(reply)

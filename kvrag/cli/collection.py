@@ -22,7 +22,7 @@ from kvrag.options import (
     ReceiptOption,
     TenantOption,
 )
-from kvrag.terminal import print_json, print_rows, progress_bar, size, stderr, stdout
+from kvrag.terminal import count, print_json, print_rows, progress_bar, size, stdout, tell
 
 _SHOWN = 5
 
@@ -47,7 +47,7 @@ def list_documents(
         return
     rows = [(r.id, str(r.metadata.get("source", "")), " ".join(r.text.split())) for r in records]
     print_rows(("id", "source", "text"), rows)
-    stdout().print(f"{len(records)} chunks")
+    stdout().print(count(len(records), "chunk"))
 
 
 def rm(
@@ -102,7 +102,7 @@ def _write(file: Path, result: dict[str, Any]) -> None:
 
 def _print_deletion(deletion: Any, *, is_overwritten: bool) -> None:
     out = stdout()
-    out.print(f"removed {len(deletion.ids)} chunks and their caches ({size(deletion.num_bytes)})")
+    out.print(f"removed {count(len(deletion.ids), 'chunk')} with all caches ({size(deletion.num_bytes)})")
     where = (
         "and overwritten in Chroma's file" if is_overwritten else "and Chroma may hold their bytes a while"
     )
@@ -154,7 +154,8 @@ def stats(
         print_json(result)
         return
     out = stdout()
-    out.print(f"{counts.documents} chunks, {counts.store.entries} caches, {size(counts.store.num_bytes)}")
+    caches = f"{count(counts.store.entries, 'cache')}, {size(counts.store.num_bytes)}"
+    out.print(f"{count(counts.documents, 'chunk')}, {caches}")
     out.print(f"model {settings.model}, folder {place.path}")
     if loads:
         out.print(f"loaded {loads} times; reading anew would have taken {saved:.1f} s")
@@ -193,6 +194,6 @@ def reconcile(
         return
     mended = {k: v for k, v in asdict(report).items() if k not in ("records", "unencodable") and v}
     words = ", ".join(f"{count} {what}" for what, count in mended.items()) or "nothing to mend"
-    stdout().print(f"{report.records} chunks: {words}")
+    stdout().print(f"{count(report.records, 'chunk')}: {words}")
     for name in report.unencodable:
-        stderr().print(f"warning: {name} cannot be read by this model (empty or too long)")
+        tell("warning", f"{name} cannot be read by this model (empty or too long)")

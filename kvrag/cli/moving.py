@@ -18,7 +18,7 @@ from kvrag.options import (
     JsonOption,
     TenantOption,
 )
-from kvrag.terminal import bytes_bar, print_json, progress_bar, size, stderr, stdout
+from kvrag.terminal import bytes_bar, count, print_json, progress_bar, size, stdout, tell
 
 
 def export(
@@ -49,11 +49,12 @@ def export(
     if as_json:
         print_json(asdict(report))
         return
-    stdout().print(f"{report.records} chunks, {report.entries} caches, {size(report.num_bytes)} in {file}")
+    caches = f"{count(report.entries, 'cache')}, {size(report.num_bytes)}"
+    stdout().print(f"{count(report.records, 'chunk')}, {caches} in {file}")
     if report.signer is not None:
         stdout().print(f"signed by {report.signer}")
     if report.uncached:
-        stderr().print(f"note: {report.uncached} chunks have no cache, and are exported without")
+        tell("note", f"{report.uncached} chunks have no cache, and are exported without")
 
 
 def import_file(
@@ -117,14 +118,15 @@ def import_file(
         return
     out = stdout()
     changed = f", {report.replaced} replaced" if report.replaced else ""
-    out.print(f"{report.records} chunks: {report.added} added{changed}; {report.entries} caches added")
-    for kind, count in sorted(report.made_by.items()):
+    caches = count(report.entries, "cache")
+    out.print(f"{count(report.records, 'chunk')}: {report.added} added{changed}; {caches} added")
+    for kind, number in sorted(report.made_by.items()):
         digest, _, element = kind.partition(" ")
-        out.print(f"{count} caches of model {digest}, {element}; {report.model} was used last")
+        out.print(f"{count(number, 'cache')} of model {digest}, {element}; {report.model} was used last")
     if report.unusable:
-        stderr().print(f"note: {model} cannot use {report.unusable} of them here (other weights or dtype)")
+        tell("note", f"{model} cannot use {report.unusable} of them here (other weights or dtype)")
     if report.skipped:
-        stderr().print(f"note: {report.skipped} caches were left out: nothing here can use them")
+        tell("note", f"{report.skipped} caches were left out: nothing here can use them")
 
 
 def keygen(

@@ -8,7 +8,7 @@ from typing import Any
 from kvrag.config import home
 from kvrag.errors import InputError
 from kvrag.options import parse_budget, parse_seconds, tenant_named
-from kvrag.terminal import stderr
+from kvrag.terminal import stderr, tell
 
 
 def open_home(folder: Path | None, chroma: str | None, collection: str, tenant: str | None = None) -> Any:
@@ -66,9 +66,10 @@ def warn_of_reader(engine: Any, place: Any) -> None:
     from kvrag.model import READER  # noqa: PLC0415
 
     if engine.model.name == READER and not (place.exists() and READER in place.settings().forms):
-        stderr().print(
-            "note: kvrag/reader is a tiny model that only knows the made-up world of `kvrag demo`; "
-            "name a real one for documents of your own, e.g. --model Qwen/Qwen2.5-7B-Instruct"
+        tell(
+            "note",
+            "kvrag/reader is a tiny model that only knows the made-up world of `kvrag demo`; "
+            "name a real one for documents of your own, e.g. --model Qwen/Qwen2.5-7B-Instruct",
         )
 
 

@@ -10,15 +10,16 @@ from typing import Any, NoReturn
 
 import typer
 
-from kvrag.cli import asking, collection, models, moving, planning, reading, upkeep
+from kvrag.cli import asking, chatting, collection, models, moving, planning, reading, upkeep
 from kvrag.errors import KVRagError
-from kvrag.terminal import stderr
+from kvrag.terminal import stderr, tell
 
 # Typer brings a Click of its own or uses the one there is, depending on the version.
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
-    help="Answers over your documents from prebuilt KV caches: each document is read once, at ingestion.",
+    help="Answers over your documents from prebuilt KV caches: each document is read once, at ingestion.\n\n"
+    'Example: kvrag ingest notes/, then kvrag ask "Who leads the project?"',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +32,8 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("ingest", reading.ingest, "Read documents once, and keep their caches."),
     ("warm", reading.warm, "Build the caches that chunks lack."),
     ("ask", asking.ask, None),
+    ("chat", chatting.chat, "Talk with a model whose memory does not grow."),
+    ("sessions", chatting.sessions, "List saved conversations, or remove some."),
     ("ls", collection.list_documents, None),
     ("rm", collection.rm, "Remove chunks or files, and their caches."),
     ("stats", collection.stats, None),
@@ -72,7 +75,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     """One line, and out."""
-    sys.stderr.write(f"error: {message.strip().splitlines()[0]}\n")
+    tell("error", message.strip().splitlines()[0])
     sys.exit(2)
 
 

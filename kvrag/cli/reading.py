@@ -29,7 +29,7 @@ from kvrag.options import (
     TtlOption,
     parse_seconds,
 )
-from kvrag.terminal import print_json, progress_bar, size, stderr, stdout, token_bar
+from kvrag.terminal import count, print_json, progress_bar, size, stdout, tell, token_bar
 
 
 def ingest(
@@ -108,11 +108,11 @@ def ingest(
         print_json(result)
     else:
         stdout().print(
-            f"{len(texts)} documents, {len(report.ids)} chunks: {report.added} added, "
+            f"{count(len(texts), 'document')}, {count(len(report.ids), 'chunk')}: {report.added} added, "
             f"{report.skipped} unchanged; {size(stats.num_bytes)} of caches in {place.path}"
         )
     if lacking:
-        stderr().print(f"warning: {len(lacking)} chunks have no cache to pin; the budget may be too small")
+        tell("warning", f"{len(lacking)} chunks have no cache to pin; the budget may be too small")
 
 
 def warm(
@@ -167,13 +167,13 @@ def warm(
         print_json(asdict(report))
         return
     stdout().print(
-        f"{report.records} chunks: {report.built} caches built ({size(report.num_bytes)}), "
+        f"{count(report.records, 'chunk')}: {count(report.built, 'cache')} built ({size(report.num_bytes)}), "
         f"{report.known} were there"
     )
     for name in report.unencodable:
-        stderr().print(f"warning: {name} cannot be read by this model (empty or too long)")
+        tell("warning", f"{name} cannot be read by this model (empty or too long)")
     if report.is_full:
-        stderr().print("note: the budget is full, and the rest stays without caches; see kvrag budget --help")
+        tell("note", "the budget is full, and the rest stays without caches; see kvrag budget --help")
 
 
 _ORDERS: dict[str, Callable[[str, int], int] | None] = {

@@ -22,7 +22,7 @@ from kvrag.options import (
     parse_budget,
     parse_size,
 )
-from kvrag.terminal import bytes_bar, print_json, size, stderr, stdout
+from kvrag.terminal import bytes_bar, count, print_json, size, stdout, tell
 
 _SHOWN = 5
 
@@ -61,7 +61,9 @@ def verify(
 
 def _print_verified(report: Any) -> None:
     out = stdout()
-    out.print(f"{report.entries} caches, {size(report.num_bytes)}; {report.records} chunks")
+    spans = f", {count(report.spans, 'span')} of chats" if report.spans else ""
+    caches = f"{count(report.entries, 'cache')}, {size(report.num_bytes)}"
+    out.print(f"{caches}; {count(report.records, 'chunk')}{spans}")
     rows = (
         ("caches are damaged", report.store.damaged, "set aside; kvrag warm builds them anew"),
         ("files belong to no cache", report.store.orphans, "removed"),
@@ -78,6 +80,8 @@ def _print_verified(report: Any) -> None:
         out.print("mend it with: kvrag verify --fix")
     if report.uncached:
         out.print(f"{len(report.uncached)} chunks have no usable cache; build them with: kvrag warm")
+    if report.uncached_spans:
+        out.print(f"{len(report.uncached_spans)} spans of chats have no usable cache; they are read anew")
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -163,9 +167,9 @@ def _pin(names: list[str], *place_of: Any, pinned: bool, as_json: bool) -> None:
     if as_json:
         print_json({"pinned" if pinned else "unpinned": done, "without_cache": lacking})
         return
-    stdout().print(f"{'pinned' if pinned else 'unpinned'} the caches of {len(done)} chunks")
+    stdout().print(f"{'pinned' if pinned else 'unpinned'} the caches of {count(len(done), 'chunk')}")
     if lacking:
-        stderr().print(f"warning: {len(lacking)} chunks have no cache; build them first with: kvrag warm")
+        tell("warning", f"{len(lacking)} chunks have no cache; build them first with: kvrag warm")
 
 
 def budget(

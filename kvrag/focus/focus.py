@@ -114,6 +114,11 @@ class Focus:
         )
 
     @property
+    def tables(self) -> tuple[SegmentTable, ...]:
+        """What each layer read, of those that have attended."""
+        return tuple(self._history)
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """Numbers of the documents that were not dropped."""
         return tuple(self._documents[i] for i in self.survivors)

@@ -28,12 +28,14 @@ class StrideRows:
         tokens: of the stride.
         keys: of each layer, [K, q, D], not rotated.
         values: of each layer, [K, q, Dv]; copy what is to last.
+        role: who says them, as the reader was told.
     """
 
     first: int
     tokens: tuple[int, ...]
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
+    role: str = "user"
 
 
 Listener = Callable[[StrideRows], None]
@@ -50,6 +52,7 @@ class MemoryReader:
         rows: the entries.
         fresh: rows of the stride that is not inserted yet.
         extra_mass: of each pass [L, E, T], float32: attention to each extra segment, mean over heads.
+        role: who says what is read; told to the listeners.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class MemoryReader:
         self.extra_mass: list[torch.Tensor] = []
         watching = state.watching
         self._surprise = Surprise(model) if watching is not None and watching.surprise else None
+        self.role = "user"
         self._begin()
 
     def _begin(self) -> None:
@@ -160,7 +164,7 @@ class MemoryReader:
         keys = self._watch.keys()
         values = [self.fresh.values(layer) for layer in range(self.model.num_layers)]
         for listener in self._listeners:
-            listener(StrideRows(self.state.seen, tuple(self._tokens), keys, values))
+            listener(StrideRows(self.state.seen, tuple(self._tokens), keys, values, self.role))
         if self._surprise:
             seen: Seen | None = self._surprise.seen(self.state.ids.shape)
         else:

@@ -118,14 +118,24 @@ def name_of(path: Path) -> str | None:
     Raises:
         SessionDamaged: it cannot be read at all.
     """
+    return claimed(path)[0]
+
+
+def claimed(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The id of the session in a file and its manifest, of which nothing is proven; reads no rows.
+
+    Raises:
+        SessionDamaged: it cannot be read at all.
+    """
     try:
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(size, _MAX_HEADER)))
-        name = json.loads(header["__metadata__"]["manifest"])["about"]["name"]
+        manifest: dict[str, Any] = json.loads(header["__metadata__"]["manifest"])
+        name = manifest["about"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SessionDamaged(f"{path} is not a session, or is damaged: {error}") from error
-    return None if name is None else str(name)
+    return None if name is None else str(name), manifest
 
 
 def opening_of(manifest: Mapping[str, Any]) -> Opening:

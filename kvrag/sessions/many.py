@@ -150,7 +150,7 @@ class Sessions:
         return len(self._awake)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{blake2b(name.encode(), digest_size=20).hexdigest()}{SUFFIX}"
+        return session_path(self._folder, name)
 
     def _check_open(self) -> None:
         if self._held is None:
@@ -196,3 +196,8 @@ class Sessions:
             total -= size
             with self._lock:
                 self._awake.pop(name, None)
+
+
+def session_path(folder: Path, name: str) -> Path:
+    """Where a folder has the session of an id, which may be any text."""
+    return folder / f"{blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=20).hexdigest()}{SUFFIX}"

@@ -31,6 +31,7 @@ class Rendering:
         self._joined = "\n\n".join(self._documents)
         lead = system if system is not None or not documents else INSTRUCTION
         self._system = "\n\n".join(part for part in (lead, self._joined) if part)
+        self._lead: str | None = None
 
     @property
     def has_template(self) -> bool:
@@ -93,12 +94,14 @@ class Rendering:
 
     def borders(
         self, history: Sequence[Message], tools: Sequence[Tool] | None, whole: str, start: int
-    ) -> list[int]:
-        """Places in a history where an answer begins or ends, behind `start`, ascending.
+    ) -> dict[int, str]:
+        """Places in a history where an answer begins or ends, behind `start`, and who speaks from there on.
 
         There the text is cut before it becomes tokens and strides, as it was when the answers were written.
+        They come in order.
         """
-        talk, found, before = self._led(history), [], ""
+        talk, before = self._led(history), ""
+        found: dict[int, str] = {}
         for number in range(len(talk) - 1, -1, -1):
             if talk[number].get("role") != "assistant" or not number:
                 continue
@@ -107,19 +110,26 @@ class Rendering:
             if not before or not whole.startswith(before):
                 continue
             said = str(talk[number]["content"])
-            ends = [len(before)]
-            for form in (said, said.strip()):  # many templates leave out white space around it
-                if form and whole.startswith(form, len(before)):
-                    ends.append(len(before) + len(form))
+            ends = {len(before): "assistant"}
+            rest = whole[len(before) :]
+            leads = (0, len(rest) - len(rest.lstrip()))  # some templates write a blank in front
+            # Many leave out white space around it.
+            forms = ((lead, form) for form in (said, said.strip()) for lead in leads)
+            for lead, form in forms:
+                if form and rest.startswith(form, lead):
+                    ends[len(before) + lead + len(form)] = "user"
                     break
-            found += [end for end in ends if start < end < len(whole)]
+            found |= {end: role for end, role in ends.items() if start < end < len(whole)}
             if len(before) <= start:
                 break
-        return sorted(set(found))
+        return dict(sorted(found.items()))
 
     def _led(self, history: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages with the session's system prompt in front, unless they bring their own."""
         talk = normalized(history)
+        for message in talk:
+            if message.get("role") == "assistant" and isinstance(said := message["content"], str):
+                message["content"] = said.strip() if said and self._answers_lead() else said
         if not self._system:
             return talk
         if talk[0].get("role") == "system":
@@ -128,6 +138,21 @@ class Rendering:
                 return talk
             return [{**talk[0], "content": f"{own}\n\n{self._joined}"}, *talk[1:]]
         return [{"role": "system", "content": self._system}, *talk]
+
+    def _answers_lead(self) -> str:
+        """White space that the template writes in front of answers, where the model is to write it itself.
+
+        Answers begin with it then, and the template would write it twice.
+        """
+        if self._lead is None:
+            self._lead = ""
+            talk = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _HEARD}]
+            with suppress(InputError):
+                before, whole = self._render(talk[:1], None), self._render(talk, None)
+                if whole.startswith(before):
+                    between = whole[len(before) :].partition(_HEARD)[0]
+                    self._lead = "" if between.strip() else between
+        return self._lead
 
     def _render(self, talk: Sequence[Message], tools: Sequence[Tool] | None) -> str:
         """As the template writes it; for one that knows no system message, the user says it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvrag.config import Sampling
 from kvrag.errors import GenerationCancelled, InputError
 from kvrag.memory.base import MemoryPolicy
 from kvrag.messages import Message, Tool
+from kvrag.model import Model
 from kvrag.prefill import Read, Work
 from kvrag.sessions import file
 from kvrag.sessions.digest import TextDigest
@@ -155,17 +157,18 @@ class Session:
             for _ in range(num_turns):
                 talk.undo()
             if self.recalls is not None:
-                self.recalls.settle(talk)
+                self.recalls.undone(talk)
 
         self.house.do(partial(_at_once, undone))
 
-    def fork(self, name: str | None = None, *, recalls: Recalls | None = None) -> Session:
+    def fork(self, name: str | None = None) -> Session:
         """Another session that goes on from here, independent of this one.
 
         Args:
-            name: its id.
-            recalls: brings back what its memory has lost; not this session's.
+            name: its id; None: it has none, or with an archive a new one.
         """
+        if self.recalls is not None and name is None:
+            name = uuid.uuid4().hex
         house = self.house
         other = Session(
             house.caches,
@@ -173,10 +176,11 @@ class Session:
             self.settings,
             name=name,
             openings=house.openings,
-            recalls=recalls,
         )
 
         def forked() -> None:
+            if self.recalls is not None and name is not None:
+                other.recalls = self.recalls.fork(name, self._talk)
             other.house.talk = None if self._talk is None else self._talk.fork()
 
         house.do(partial(_at_once, forked))
@@ -197,9 +201,9 @@ class Session:
         """Forget everything, archive and parked file included; the session cannot be used any more."""
 
         def deleted() -> None:
-            self.house.delete()
             if self.recalls is not None:
                 self.recalls.delete()
+            self.house.delete()
 
         self.house.do(partial(_at_once, deleted), wakes=False)
 
@@ -219,6 +223,14 @@ class Session:
             return [] if self._talk is None else forgotten(self._talk, self._model.text.decode, at_most)
 
         return self.house.do(partial(_at_once, lost))
+
+    def held(self) -> torch.Tensor:
+        """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""
+
+        def found() -> torch.Tensor:
+            return torch.zeros(self._model.num_layers, 0) if self._talk is None else self._talk.held()
+
+        return self.house.do(partial(_at_once, found))
 
     @property
     def num_tokens(self) -> int:
@@ -244,6 +256,11 @@ class Session:
     @property
     def _talk(self) -> Talk | None:
         return self.house.talk
+
+    @property
+    def model(self) -> Model:
+        """The model that reads and answers."""
+        return self._model
 
     @property
     def _talked(self) -> Talk:
@@ -305,10 +322,10 @@ class Session:
         go_back, before = known
         start = before.length
         at = len(opening.text) + start
-        borders = () if isinstance(history, str) else writes.borders(history, tools, whole, at)
+        borders = {} if isinstance(history, str) else writes.borders(history, tools, whole, at)
         return Asked(
             text[start:],
-            tuple(border - at for border in borders),
+            {border - at: role for border, role in borders.items()},
             go_back,
             before,
             anew,
@@ -324,7 +341,7 @@ def loaded_session(
     policy: MemoryPolicy | None,
     *,
     openings: Openings,
-    recalls: Recalls | None = None,
+    recalls: Callable[[str | None], Recalls | None] = lambda _: None,
 ) -> Session:
     """The session that a file holds; see `Engine.load_session`."""
     saved = file.read(path)
@@ -337,7 +354,8 @@ def loaded_session(
         bool(about["keeps_log"]),
         int(about["max_undo"]),
     )
-    session = Session(caches, worker, settings, name=about["name"], openings=openings, recalls=recalls)
+    name = about["name"]
+    session = Session(caches, worker, settings, name=name, openings=openings, recalls=recalls(name))
     worker.do(lambda: session.house.take(saved))
     return session
 

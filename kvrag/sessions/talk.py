@@ -144,6 +144,11 @@ class Talk:
         number = longest([digest for _, digest in known], text)
         return None if number is None else known[number]
 
+    @property
+    def went_back(self) -> bool:
+        """Whether the turn that is under way has taken back others, which come back if it fails."""
+        return bool(self._undone)
+
     def begin(self, go_back: int = 0) -> None:
         """Begin a turn, behind taking back some; `commit` or `fail` ends it.
 
@@ -235,11 +240,17 @@ class Talk:
         counts = torch.bincount(held, minlength=self.state.seen)
         return int((counts > 0).sum()), len(held) / groups / self.state.seen
 
+    def held(self) -> torch.Tensor:
+        """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""
+        ids = self.state.ids.cpu()
+        counts = torch.zeros(ids.shape[0], self.state.seen)
+        for layer, held in enumerate(ids):
+            counts[layer] = torch.bincount(held[held >= 0], minlength=self.state.seen)
+        return counts / ids.shape[1]
+
     def shares(self) -> torch.Tensor:
         """[tokens], float32: for each token of the conversation, which share of layers and heads holds it."""
-        ids = self.state.ids.cpu()
-        counts = torch.bincount(ids[ids >= 0], minlength=self.state.seen)
-        return counts.float() / (ids.shape[0] * ids.shape[1])
+        return self.held().mean(0)
 
 
 def check_room(model: Model, policy: MemoryPolicy, num_pinned: int) -> None:

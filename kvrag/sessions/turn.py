@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from kvrag.answer import Answer, MemoryUse, Piece, Usage
+from kvrag.answer import Answer, MemoryUse, Piece, RecalledSpan, Usage
 from kvrag.config import Sampling
 from kvrag.decode import Chooser, Step, choice, end_tokens
 from kvrag.errors import ContextOverflow, InputError
@@ -23,6 +23,9 @@ from kvrag.sessions.talk import Talk
 from kvrag.worker import Ask
 from kvrag.written import Written
 
+ANSWERS = "assistant"
+"""Who answers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -30,7 +33,8 @@ class Asked:
 
     Attributes:
         new: text that nobody has read yet.
-        borders: places in it at which it is cut before it becomes tokens and strides, ascending.
+        borders: places in it at which it is cut before it becomes tokens and strides, ascending, and who
+            speaks from there on; before them it is the user.
         go_back: turns that are taken back first.
         before: the text that it stands behind, in the form in which it came; None: as the talk has it.
         anew: the conversation is a new one.
@@ -39,7 +43,7 @@ class Asked:
     """
 
     new: str
-    borders: tuple[int, ...] = ()
+    borders: Mapping[int, str] = field(default_factory=dict)
     go_back: int = 0
     before: TextDigest | None = None
     anew: bool = False
@@ -48,32 +52,57 @@ class Asked:
 
 
 class Recalls(Protocol):
-    """Brings back for one turn what a memory has lost: segments between what is pinned and the memory."""
+    """Brings back for one turn what a memory has lost: segments between what is pinned and the memory.
+
+    A turn is `begin`, then any number of `note` with `recall` before the last message, then `looked` and
+    `settle`; or it ends anywhere with `drop`.
+    """
+
+    def begin(self, talk: Talk) -> None:
+        """A turn begins behind what was said in a talk."""
+        ...
+
+    def recall(self, said: str, tokens: Sequence[int], talk: Talk, room: int) -> Work[SegmentTable]:
+        """Segments for this turn, targets from `talk.pinned.num_tokens` on.
+
+        Args:
+            said: what the user said last.
+            tokens: of the last message, up to where the answer begins.
+            talk: the conversation behind which it was said, what this turn has read so far included.
+            room: most positions that they may take.
+        """
+        ...
 
     def note(self, stride: StrideRows) -> None:
         """Take a stride that was read, before it is inserted; also of a turn that may yet fail."""
         ...
 
-    def recall(self, said: str, talk: Talk, room: int) -> Work[SegmentTable]:
-        """Segments for this turn, targets from `talk.pinned.num_tokens` on.
+    def looked(self, mass: Sequence[torch.Tensor]) -> tuple[RecalledSpan, ...]:
+        """What came back, by what the turn's tokens looked at.
 
         Args:
-            said: what the user said last.
-            talk: the conversation behind which it was said.
-            room: most positions that they may take.
+            mass: pass by pass [L, E, T], see `MemoryReader.extra_mass`.
         """
         ...
 
-    def looked(self, mass: Sequence[torch.Tensor]) -> None:
-        """Take what the turn's tokens looked at, pass by pass: [L, E, T], see `MemoryReader.extra_mass`."""
+    def settle(self, talk: Talk) -> None:
+        """The turn is complete, and nothing that the talk had behind its beginning is said any more."""
         ...
 
-    def settle(self, talk: Talk) -> None:
-        """A turn is complete, or was taken back: tokens behind `talk.state.seen` are none of the talk's."""
+    def drop(self, talk: Talk) -> None:
+        """The turn has failed; the talk is what it was before."""
+        ...
+
+    def undone(self, talk: Talk) -> None:
+        """Turns were taken back: what stands behind `talk.state.seen` was never said."""
+        ...
+
+    def fork(self, session: str, talk: Talk | None) -> Recalls:
+        """The same for a copy of the talk, under another id."""
         ...
 
     def delete(self) -> None:
-        """The session was deleted: forget all of it."""
+        """The talk is deleted, and all that was ever said in it."""
         ...
 
 
@@ -107,7 +136,7 @@ def turn(
     except BaseException:
         talk.fail()
         if recalls is not None:
-            recalls.settle(talk)
+            recalls.drop(talk)
         raise
 
 
@@ -123,14 +152,23 @@ def _turn(
 ) -> Generator[Piece | Ask, Read, Answer]:
     extra = None
     if recalls is not None:
-        extra = yield from recalls.recall(asked.said, talk, _room(model, talk, stride))
+        recalls.begin(talk)
+    listeners = () if recalls is None else (recalls.note,)
+    *earlier, question = _roles(asked, pieces)
+    yield from read_pieces(talk.reader(stride, listeners=listeners), earlier)
+    if recalls is not None:
+        laps.lap("prefill")
+        room = _room(model, talk, stride)
+        extra = yield from recalls.recall(asked.said, question[0].tokens, talk, room)
     laps.lap("load")
 
     def reader() -> MemoryReader:
-        return talk.reader(stride, extra=extra, listeners=() if recalls is None else (recalls.note,))
+        return talk.reader(stride, extra=extra, listeners=listeners)
 
     reading = reader()
-    last = yield from read_pieces(reading, pieces)
+    last = yield from read_pieces(reading, [question])
+    assert last is not None
+    reading.role = ANSWERS
     sampling = _within(model, talk, reading, sampling)
     context = _context(talk, pieces)
     written = Written(model.text, sampling.stop)
@@ -150,44 +188,50 @@ def _turn(
     left = _left(model, written)
     if not reading.drop(max(0, len(written.tokens) - 1 - left.num_kept)):
         talk.again()  # a part of a stop string is in memory already
+        yield from read_pieces(talk.reader(stride, listeners=listeners), earlier)
         reading = reader()
-        yield from read_pieces(reading, pieces)
+        yield from read_pieces(reading, [question])
+        reading.role = ANSWERS
         left = replace(left, unread=tuple(written.tokens[: left.num_kept]) + left.unread_text)
     if left.unread:
         yield from reading.reading(left.unread)
     reading.insert()
-    if recalls is not None:
-        recalls.looked(reading.extra_mass)
+    spans = recalls.looked(reading.extra_mass) if recalls is not None else ()
     talk.commit(asked.before, asked.new, written.text)
     if recalls is not None:
         recalls.settle(talk)
-    return _answer(model, talk, asked, pieces, sampling, written, step, laps, extra)
+    return _answer(model, talk, asked, pieces, sampling, written, step, laps, spans)
 
 
 def read_prompt(model: Model, talk: Talk, asked: Asked, *, stride: int) -> Work[torch.Tensor]:
     """[V], float32: the logits behind a turn's new text; the talk is what it was before."""
     talk.begin(asked.go_back)
     try:
-        last = yield from read_pieces(talk.reader(stride), _pieces(model, asked))
+        last = yield from read_pieces(talk.reader(stride), _roles(asked, _pieces(model, asked)))
+        assert last is not None
         return last.logits[-1].float().clone()
     finally:
         talk.fail()
 
 
-def read_pieces(reading: MemoryReader, pieces: Sequence[Literal]) -> Work[Read]:
-    """Read pieces of text, each of which is inserted before the next one is read."""
+def read_pieces(reading: MemoryReader, pieces: Sequence[tuple[Literal, str]]) -> Work[Read | None]:
+    """Read pieces of text, with who says them; each is inserted before the next one is read."""
     last = None
-    for piece in pieces:
+    for piece, reading.role in pieces:
         last = yield from reading.reading(piece.tokens)
         reading.insert()
-    assert last is not None
     return last
+
+
+def _roles(asked: Asked, pieces: Sequence[Literal]) -> list[tuple[Literal, str]]:
+    """Pieces of the new text, and who says them."""
+    return [(piece, asked.borders.get(piece.start, "user")) for piece in pieces]
 
 
 def _pieces(model: Model, asked: Asked) -> list[Literal]:
     """The new text, cut at its borders; pieces without tokens are left out."""
     found: list[Literal] = []
-    ends = [*asked.borders, len(asked.new)]
+    ends = [*asked.borders, len(asked.new)]  # in order
     for start, end in zip([0, *asked.borders], ends, strict=True):
         text = asked.new[start:end]
         tokens = model.text.tokenize(text, first=asked.first and not start)
@@ -258,7 +302,7 @@ def _answer(
     written: Written,
     last: Step,
     laps: Laps,
-    extra: SegmentTable | None,
+    spans: tuple[RecalledSpan, ...],
 ) -> Answer:
     num_read = sum(len(piece.tokens) for piece in pieces)
     num_pinned, said = talk.pinned.num_tokens, talk.state.seen
@@ -281,8 +325,9 @@ def _answer(
             said,
             remembered,
             share,
-            extra.num_tokens if extra else 0,
+            sum(span.num_tokens for span in spans),
             asked.go_back,
             asked.anew,
+            spans,
         ),
     )

@@ -36,6 +36,12 @@ class References:
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.RLock()
 
+    @classmethod
+    def beside(cls, store: object) -> References:
+        """Those that lie in a store's folder; of a store without a `path`, references in memory."""
+        path = getattr(store, "path", None)
+        return cls(None if path is None else Path(path) / "references.sqlite")
+
     def add(self, owner: str, keys: Mapping[str, str]) -> list[str]:
         """Note that `owner`'s records refer to these keys, instead of those they referred to before.
 

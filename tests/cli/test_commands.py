@@ -49,7 +49,7 @@ def test_a_day_in_the_life(run: Run, notes: Path, model: Path) -> None:
     done = run("reconcile")
     assert done.out == "2 chunks: nothing to mend\n"
 
-    assert "removed 1 chunks" in run("rm", "notes/a.txt").out
+    assert "removed 1 chunk " in run("rm", "notes/a.txt").out
     assert run("stats", "--json").object["chunks"] == 1
     (left,) = run("ls", "--json").object
     assert run("rm", left["id"]).status == 0

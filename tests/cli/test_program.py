@@ -30,7 +30,8 @@ NOTE = "note: kvrag/reader is a tiny model"
 
 
 COMMANDS = (
-    "ingest warm ask ls rm stats size verify gc reconcile pin unpin budget export import keygen doctor demo"
+    "ingest warm ask chat sessions ls rm stats size verify gc reconcile pin unpin budget "
+    "export import keygen doctor demo"
 ).split()
 
 

@@ -130,7 +130,7 @@ def test_old_quarantine_goes(ingested: Run) -> None:
 def test_rm_gives_a_receipt(ingested: Run) -> None:
     (entry,) = {e["entry"] for e in [_entry_of("notes/a.txt")]}
     done = ingested("rm", "notes/a.txt", "--receipt", "receipt.json")
-    assert done.out.startswith("removed 1 chunks and their caches (")
+    assert done.out.startswith("removed 1 chunk with all caches (")
     assert f"  disk: {entry[:2]}/{entry[:12]}….safetensors" in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines())
     receipt = json.loads(Path("receipt.json").read_text())
@@ -179,7 +179,7 @@ def test_pinned_caches_outlive_a_small_budget(run: Run, model: Path) -> None:
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"Document {number} tells of {number + 1000}. " * 4)
     whole = run("ingest", "many", "--model", model, "--json").object["cache_bytes"]
-    assert "pinned the caches of 1 chunks" in run("pin", "many/0.txt").out
+    assert "pinned the caches of 1 chunk" in run("pin", "many/0.txt").out
     evicted = run("budget", str(whole // 2), "--json").object["evicted"]
     assert 3 <= evicted <= 4
     assert run("stats", "--json").object["pinned_bytes"] > 0
@@ -196,6 +196,18 @@ def test_pinned_caches_outlive_a_small_budget(run: Run, model: Path) -> None:
     assert run("budget", "none").out.rstrip().endswith("no limit")
     assert run("warm", "--json").object["is_full"] is False
     assert run("stats", "--json").object["entries"] == 6
+
+
+def test_warming_ends_where_the_first_cache_pushes_out_another(run: Run, model: Path) -> None:
+    folder = Path("many")
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"Document {number} tells of {number + 1000}. " * 4)
+    whole = run("ingest", "many", "--model", model, "--json").object["cache_bytes"]
+    run("budget", str(int(whole * 0.45)))  # two and a half caches fit, give or take
+    warmed = run("warm", "--json").object
+    assert (warmed["built"], warmed["is_full"]) == (1, True)
+    assert run("stats", "--json").object["entries"] == 2
 
 
 def test_a_budget_below_the_pinned_is_refused(ingested: Run, assert_refused: Refused) -> None:

@@ -14,6 +14,7 @@ from kvrag_kernels.cascade_update import (
     CascadeUpdate,
     cascade_update_reference,
     cascade_update_vectorised,
+    first_competing,
     rounds,
 )
 
@@ -104,6 +105,29 @@ def test_a_tournament_leaves_one_of_every_segment(lengths: list[int]) -> None:
     for earlier, later in matches:
         left = [max(left[a], left[b]) for a, b in zip(earlier, later, strict=True)]
     assert left == [int(end) - 1 for end in ends]
+
+
+@given(stream=streams())
+@settings(max_examples=50)
+def test_scores_of_settled_entries_change_nothing(
+    stream: tuple[dict[str, Any], list[torch.Tensor], int],
+) -> None:
+    """Whatever they become before any stride, the same entries stay."""
+    options, strides, seed = stream
+    width, sub_caches = options["width"], len(options["periods"])
+    generator = torch.Generator().manual_seed(seed + 1)
+    scores = torch.zeros(2, 2, width * sub_caches)
+    stored = start = (0,) * sub_caches
+    arrived = 0
+    for fresh in strides:
+        settled = torch.arange(first_competing(stored))  # the oldest lie in the last ring
+        slots = width * (sub_caches - 1) + (start[-1] + settled) % width
+        other = scores.clone()
+        other[..., slots] = torch.rand(2, 2, len(slots), generator=generator) * 2000 - 1000
+        found = cascade_update(other, fresh, stored, start, arrived, **options)
+        assert _same(found, cascade_update(scores, fresh, stored, start, arrived, **options))
+        stored, start, arrived = found.stored, found.start, arrived + fresh.shape[-1]
+        scores = _after(found, scores, fresh)
 
 
 def test_heads_choose_for_themselves() -> None:

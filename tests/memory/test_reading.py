@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from kvrag.errors import ContextOverflow
+from kvrag.memory.base import MemoryPolicy
+from kvrag.memory.cascade import Cascade
+from kvrag.memory.combined import LadderCascade
+from kvrag.memory.full import Full
+from kvrag.memory.ladder import Ladder
 from kvrag.memory.reading import StrideRows
+from kvrag.memory.window import Window
 from kvrag.model import Model
+from kvrag.rotary import rotate
 from kvrag.testing.models import tiny
 from kvrag.testing.rings import Ring, memory_reader
 
@@ -166,3 +173,43 @@ def test_positions_that_the_model_does_not_have_are_refused() -> None:
     short = Model(model().network, model().text.tokenizer, max_length=40)
     with pytest.raises(ContextOverflow, match="takes 48 positions and the model reads 40"):
         memory_reader(short, Ring(96), stride=8).read(TEXT)
+
+
+POLICIES: list[MemoryPolicy] = [Full(), Window(96), Cascade(100), Ladder(96, span=2), LadderCascade(100)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "smollm3"])
+def test_below_its_budget_every_policy_is_dense_attention(family: str, policy: MemoryPolicy) -> None:
+    found = model(family)
+    mine = memory_reader(found, policy, stride=13)
+    for end in (45, 90):
+        logits = mine.read(TEXT[end - 45 : end]).logits[-1]
+        torch.testing.assert_close(logits, dense(found, TEXT[:end])[-1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [Window(20), Cascade(24), Ladder(20, span=2), LadderCascade(24)])
+def test_no_policy_takes_more_than_budget_and_stride(policy: MemoryPolicy) -> None:
+    found, budget = model(), policy.budget or 0
+    mine = memory_reader(found, policy, stride=8)
+    for token in TEXT:
+        mine.read([token])
+        assert mine.table.num_tokens <= budget
+        assert mine.fresh.num_rows <= 8
+    mine.insert()
+    assert mine.table.num_tokens <= budget
+    assert all(layer.keys.shape[1] <= budget for layer in mine.rows.layers)
+
+
+@pytest.mark.parametrize("policy", [Cascade(24), LadderCascade(24)])
+def test_in_sixteen_bits_keys_are_rotated_once(policy: MemoryPolicy) -> None:
+    """However often a row has moved from one ring to the next."""
+    found = model(dtype=torch.bfloat16)
+    mine = memory_reader(found, policy, stride=8)
+    mine.read(TEXT)
+    mine.insert()
+    for spec, layer in zip(found.specs, mine.rows.layers, strict=True):
+        assert layer.raw is not None
+        assert spec.rotation is not None
+        turn = spec.rotation.turn(torch.arange(layer.keys.shape[1]))
+        assert torch.equal(rotate(layer.raw[None], turn)[0], layer.keys)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kvrag_kernels.cascade_update.events import LevelEvents, cascade_events, rounds
+from kvrag_kernels._backend import backend
+from kvrag_kernels.cascade_update.events import LevelEvents, cascade_events, first_competing, rounds
 from kvrag_kernels.cascade_update.reference import cascade_update_reference
 from kvrag_kernels.cascade_update.types import CascadeUpdate
 from kvrag_kernels.cascade_update.vectorised import cascade_update_vectorised
@@ -21,6 +22,7 @@ __all__ = [
     "cascade_update",
     "cascade_update_reference",
     "cascade_update_vectorised",
+    "first_competing",
     "rounds",
 ]
 
@@ -60,6 +62,12 @@ def cascade_update(
     Source: Cascading KV Cache (Willette et al. 2024, arXiv:2406.17808), with floor-mod rings.
     """
     _check(scores, fresh, stored, start, arrived, periods, width)
+    if backend(scores.device) == "triton":
+        from kvrag_kernels.cascade_update.launch import cascade_update_triton  # noqa: PLC0415 - needs triton
+
+        return cascade_update_triton(
+            scores, fresh, stored, start, arrived, periods=periods, width=width, eager=eager
+        )
     return cascade_update_vectorised(
         scores, fresh, stored, start, arrived, periods=periods, width=width, eager=eager
     )

@@ -98,6 +98,18 @@ def cascade_events(
     return levels
 
 
+def first_competing(stored: Sequence[int]) -> int:
+    """Whose scores still matter: the entries from this one on, counted from the oldest (sinks left out).
+
+    What leaves the last sub-cache is lost whatever its score, so in there only the newest entry can have
+    another match.
+
+    Args:
+        stored: [C], how many entries each sub-cache has, youngest sub-cache first.
+    """
+    return max(0, stored[-1] - 1)
+
+
 def rounds(firsts: Ints, num_items: int) -> list[tuple[Ints, Ints]]:
     """A knock-out tournament in every segment at once.
 

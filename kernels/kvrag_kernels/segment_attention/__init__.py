@@ -10,35 +10,45 @@ from collections.abc import Sequence
 
 import torch
 
+from kvrag_kernels._backend import backend
 from kvrag_kernels.segment_attention import cpu
 from kvrag_kernels.segment_attention.columns import column_mass, column_scores, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
+from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows, num_kv_heads, plain
 from kvrag_kernels.segment_attention.parted import parted_attention
 from kvrag_kernels.segment_attention.reference import column_scores_reference, segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
+from kvrag_kernels.segment_attention.table import is_supported
 from kvrag_kernels.segment_attention.types import Attended, Group, RowMask, Rows, Turn
 
 __all__ = [
+    "AnyRows",
     "Attended",
     "Group",
+    "PagedRows",
+    "QuantisedRows",
     "RowMask",
     "Rows",
     "Turn",
     "column_mass",
     "column_scores",
     "column_scores_reference",
+    "is_supported",
     "part_mass",
     "parted_attention",
     "segment_attention",
     "segment_attention_cpu",
+    "segment_attention_many",
     "segment_attention_reference",
     "segment_attention_single",
 ]
 
+_SHORT = 256  # query rows up to which one segment alone is left to our kernel
+
 
 def segment_attention(
     query: torch.Tensor,
-    segments: Sequence[Rows],
+    segments: Sequence[AnyRows],
     turn: Turn | None,
     *,
     scale: float,
@@ -50,7 +60,8 @@ def segment_attention(
 
     Args:
         query: [B, H, T, D], not rotated.
-        segments: at least one; keys [B or 1, K, n, D] with H a multiple of K, n may be 0.
+        segments: at least one; keys [B or 1, K, n, D] with H a multiple of K, n may be 0. Those in pages
+            or in fewer bits are read as they lie where the Triton kernel runs, and copied elsewhere.
         turn: the rotation of each query row for each segment; None in layers without positions.
         scale: factor on the scores.
         softcap: scores are squeezed to softcap * tanh(score / softcap) before the mask.
@@ -66,14 +77,90 @@ def segment_attention(
     Source: partial results are merged as in flash-decoding (Dao et al. 2023); the rotation of the query
     instead of the keys follows from RoPE's relative form (Su et al. 2021, arXiv:2104.09864, sec. 3.2).
     """
+    _check(query, segments)
+    chosen = backend(query.device)
+    if chosen == "triton" and _is_for_triton(query, segments, turn, softcap, sinks):
+        from kvrag_kernels.segment_attention.launch import StaticAttention  # noqa: PLC0415 - triton is an extra
+
+        run = StaticAttention(
+            query, [segments], [turn], scale=scale, softcap=softcap, sinks=sinks, group=group
+        )
+        return run(query)
+    rows = [plain(segment, query.dtype) for segment in segments]
+    if chosen != "reference" and cpu.is_supported(query, rows, softcap):
+        return segment_attention_cpu(query, rows, turn, scale=scale, sinks=sinks, group=group)
+    if chosen != "reference" and is_single(rows, softcap, sinks):
+        return segment_attention_single(query, rows, turn, scale=scale, group=group)
+    return segment_attention_reference(
+        query, rows, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+    )
+
+
+def segment_attention_many(
+    query: torch.Tensor,
+    tables: Sequence[Sequence[AnyRows]],
+    turns: Sequence[Turn | None],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    group: Group | None = None,
+) -> list[Attended]:
+    """Attention of several requests, each to segments of its own: with Triton in one launch.
+
+    Args:
+        query: [B, H, T, D], not rotated; one request each.
+        tables: segments of each request, whose keys are [1, K, n, D].
+        turns: of each request.
+        scale: see `segment_attention`.
+        softcap: see `segment_attention`.
+        sinks: see `segment_attention`.
+        group: see `segment_attention`.
+
+    Returns:
+        For each request what `segment_attention` returns for it alone, with B = 1.
+
+    Raises:
+        ValueError: as `segment_attention`, or not as many tables and turns as requests.
+    """
+    if not query.shape[0] == len(tables) == len(turns):
+        raise ValueError(
+            f"{query.shape[0]} queries need as many tables and turns, not {len(tables)}, {len(turns)}"
+        )
+    for segments in tables:
+        _check(query, segments)
+    if (
+        backend(query.device) == "triton"
+        and all(is_supported(query, [segments], turn) for segments, turn in zip(tables, turns, strict=True))
+        and is_supported(query, tables, turns[0])
+    ):
+        from kvrag_kernels.segment_attention.launch import attend_many  # noqa: PLC0415 - triton is an extra
+
+        return attend_many(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
+    return [
+        segment_attention(
+            query[i : i + 1], segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+        )
+        for i, (segments, turn) in enumerate(zip(tables, turns, strict=True))
+    ]
+
+
+def _check(query: torch.Tensor, segments: Sequence[AnyRows]) -> None:
     if not segments:
         raise ValueError("segment_attention needs at least one segment")
-    if query.shape[1] % segments[0].keys.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads cannot share {segments[0].keys.shape[1]} key heads")
-    if cpu.is_supported(query, segments, softcap):
-        return segment_attention_cpu(query, segments, turn, scale=scale, sinks=sinks, group=group)
-    if is_single(segments, softcap, sinks):
-        return segment_attention_single(query, segments, turn, scale=scale, group=group)
-    return segment_attention_reference(
-        query, segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
-    )
+    heads = num_kv_heads(segments[0])
+    if query.shape[1] % heads:
+        raise ValueError(f"{query.shape[1]} query heads cannot share {heads} key heads")
+
+
+def _is_for_triton(
+    query: torch.Tensor,
+    segments: Sequence[AnyRows],
+    turn: Turn | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> bool:
+    """Whether our kernel does it; many rows over one plain run are PyTorch's own operator's strength."""
+    if query.shape[2] > _SHORT and isinstance(segments[0], Rows) and is_single(segments, softcap, sinks):
+        return False
+    return is_supported(query, [segments], turn)

@@ -19,12 +19,16 @@ _NOTHING = float("-inf")
 
 
 def is_supported(query: torch.Tensor, segments: Sequence[Rows], softcap: float | None) -> bool:
-    """Whether the flash operator can do it: no soft cap, one head size for keys and values."""
+    """Whether the flash operator can do it: no soft cap, one head size, channels side by side.
+
+    Of channels that lie apart it reads the neighbours instead, without a word.
+    """
     return (
         query.device.type == "cpu"
         and query.dtype in _DTYPES
         and softcap is None
         and all(rows.keys.shape[-1] == rows.values.shape[-1] for rows in segments)
+        and all(x.stride(-1) == 1 for rows in segments for x in (rows.keys, rows.values) if x.numel())
     )
 
 
@@ -36,9 +40,10 @@ def _lse_is_transposed() -> bool:
     return tuple(lse.shape) == (1, 3, 2)
 
 
-def _flash(
+def flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's flash attention on CPU with its log-sum-exp [B, H, T], float32."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=causal, attn_mask=mask, scale=scale
     )
@@ -49,7 +54,7 @@ def _attend_causally(query: torch.Tensor, rows: Rows, scale: float) -> tuple[tor
     """[B, H, T, D] to itself; the operator's own causal mask needs real heads instead of packed ones."""
     groups = query.shape[1] // rows.keys.shape[1]
     keys, values = rows.keys.repeat_interleave(groups, dim=1), rows.values.repeat_interleave(groups, dim=1)
-    return _flash(query, keys, values, None, True, scale)
+    return flash(query, keys, values, None, True, scale)
 
 
 def _attend_late(query: torch.Tensor, rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +63,7 @@ def _attend_late(query: torch.Tensor, rows: Rows, scale: float) -> tuple[torch.T
     kv_heads, late = rows.keys.shape[1], num_rows - rows.first_row
     part = query[:, :, rows.first_row :].reshape(batch, kv_heads, -1, dim)
     mask = rows.mask.additive(heads // kv_heads, query.dtype) if rows.mask is not None else None
-    late_out, late_lse = _flash(part, *_expanded(rows, batch), mask, False, scale)
+    late_out, late_lse = flash(part, *_expanded(rows, batch), mask, False, scale)
     late_lse = late_lse.reshape(batch, heads, late)
     if (
         rows.mask is not None and rows.mask.blind is not None
@@ -107,7 +112,7 @@ def segment_attention_cpu(
         elif rows.mask is not None or 4 * first > num_rows:
             out, part = _attend_late(turned[i], rows, factor)
         else:  # a few rows too many cost less than a copy of the others
-            out, part = _flash(packed[i], *_expanded(rows, batch), None, False, factor)
+            out, part = flash(packed[i], *_expanded(rows, batch), None, False, factor)
         outs.append(out.reshape(packed.shape[1:]))
         lse[i] = part.reshape(packed.shape[1:4])
         if first:

@@ -6,39 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from kvrag_kernels.segment_attention.forms import AnyRows
 from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
+from kvrag_kernels.turning import turn_query
 
-
-def turn_query(query: torch.Tensor, turn: Turn | None, num_segments: int) -> torch.Tensor:
-    """Rotate the query once per segment, in float32, with one rounding at the end.
-
-    Args:
-        query: [B, H, T, D], any float dtype.
-        turn: angles per segment and row; None leaves the query as it is.
-        num_segments: S.
-
-    Returns:
-        [S, B, H, T, D], dtype of `query`.
-    """
-    if turn is None:
-        return query.expand(num_segments, *query.shape)
-    pairs, start, end = turn.cos.shape[-1], turn.start, turn.start + 2 * turn.cos.shape[-1]
-    cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]  # [S, 1, 1, T, R]
-    exact = query.float()
-    out = torch.empty((num_segments, *query.shape), dtype=torch.float32, device=query.device)
-    first, second = (
-        (slice(start, end, 2), slice(start + 1, end, 2))
-        if turn.interleaved
-        else (slice(start, start + pairs), slice(start + pairs, end))
-    )
-    a, b = exact[..., first], exact[..., second]
-    torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
-    if start:
-        out[..., :start] = exact[..., :start]
-    if end < query.shape[-1]:
-        out[..., end:] = exact[..., end:]
-    return out.to(query.dtype)
+__all__ = ["acting", "group_shift", "segment_attention_reference", "turn_query", "visible"]
 
 
 def visible(rows: Rows, num_rows: int) -> torch.Tensor:
@@ -53,7 +25,7 @@ def visible(rows: Rows, num_rows: int) -> torch.Tensor:
     return seen
 
 
-def acting(group: Group | None, segments: Sequence[Rows]) -> Group | None:
+def acting(group: Group | None, segments: Sequence[AnyRows]) -> Group | None:
     """The group where it changes anything, else None: then attention without groups runs, bit for bit."""
     if group is None or (group.temperature == 1 and group.scale == 1):
         return None

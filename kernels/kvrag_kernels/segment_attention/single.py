@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from kvrag_kernels.segment_attention.forms import AnyRows
 from kvrag_kernels.segment_attention.reference import acting, turn_query
 from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 
 
-def is_single(segments: Sequence[Rows], softcap: float | None, sinks: torch.Tensor | None) -> bool:
+def is_single(segments: Sequence[AnyRows], softcap: float | None, sinks: torch.Tensor | None) -> bool:
     """Whether there is nothing to merge and nothing that PyTorch's operator cannot do."""
     return len(segments) == 1 and softcap is None and sinks is None and segments[0].first_row == 0
 

@@ -8,22 +8,9 @@ from math import inf
 
 import torch
 
+from kvrag_kernels.turning import Turn
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """How far each segment turns each query row: a rotation by a position difference.
-
-    Attributes:
-        cos: [S, T, R], float32, for R rotated pairs; made from float64 angles.
-        sin: [S, T, R], float32.
-        start: first rotated dimension of the head.
-        interleaved: pairs are neighbours (2i, 2i + 1); otherwise (i, i + R).
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    start: int = 0
-    interleaved: bool = False
+__all__ = ["Attended", "Group", "RowMask", "Rows", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +84,11 @@ class Rows:
     mask: RowMask | None = None
     causal: bool = False
     in_group: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether every query row sees every row."""
+        return self.mask is None and not self.causal and self.first_row == 0
 
 
 @dataclass(frozen=True, slots=True)

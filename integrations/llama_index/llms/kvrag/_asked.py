@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llama_index.core.schema import NodeWithScore
 
-from kvrag import Answer, AnswerStream, GenerationCancelled
+from kvrag import Answer, AnswerStream, GenerationCancelled, Session
 from kvrag.calling import CallWatch
 from kvrag.explain import why_not
 from kvrag.ingested import key_of
@@ -22,12 +22,13 @@ logger = logging.getLogger("llama_index.llms.kvrag")
 
 @dataclass(frozen=True)
 class Asked:
-    """An answer under way, and the nodes that it is about."""
+    """An answer under way, the nodes that it is about, and the session that it is a turn of."""
 
     stream: AnswerStream
     nodes: Sequence[NodeWithScore]
     model: str
     form: Form
+    session: Session | None = None
 
     def pieces(self) -> Iterator[str]:
         """Text that can be shown; leaving the loop stops the answer."""

@@ -20,6 +20,7 @@ else:
     _Engine = Any
 
 TEMPLATE = "template"
+_LOCAL = {"_share": None, "_chats": None}  # what does not travel
 
 
 class EngineFields(BaseModel):
@@ -130,7 +131,7 @@ class EngineFields(BaseModel):
             raise ConfigError("made with engine=..., this cannot be pickled; name model and store instead")
         # Not LlamaIndex's own: it drops with a warning what cannot be pickled, and we say so.
         state = BaseModel.__getstate__(self)
-        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), "_share": None}}
+        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), **_LOCAL}}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Take the settings; the engine is loaded when it is needed."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from llama_index.core.base.llms.types import LogProb
 
 from kvrag import Answer, TokenLogprob
+from kvrag.answer import report
 
 
 def counts_of(answer: Answer) -> dict[str, int]:
@@ -22,32 +22,15 @@ def counts_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def raw_of(answer: Answer, model: str) -> dict[str, Any]:
-    """Plain values that can be stored: counts, each document's use, seconds."""
+def raw_of(answer: Answer, model: str, session: str | None = None) -> dict[str, Any]:
+    """Plain values that can be stored: counts, documents, seconds, a session's memory and name."""
     counts = counts_of(answer)
     cached = counts.pop("cached_tokens")
     return {
         "model": model,
         "finish_reason": answer.finish_reason,
         "usage": {**counts, "prompt_tokens_details": {"cached_tokens": cached}},
-        "kvrag": {
-            "usage": asdict(answer.usage),
-            "documents": [
-                {
-                    "key": use.key,
-                    "num_tokens": use.num_tokens,
-                    "is_hit": use.is_hit,
-                    "mass": use.mass,
-                    "focus": use.focus,
-                    "question_mass": use.question_mass,
-                    "dropped_at": use.dropped_at,
-                }
-                for use in answer.documents
-            ],
-            "seconds": asdict(answer.timing),
-            "policy": answer.policy,
-            "in_full": answer.in_full,
-        },
+        "kvrag": {**report(answer), **({"session": session} if answer.memory else {})},
     }
 
 

@@ -25,14 +25,16 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 
-from kvrag import Answer, ConfigError, InputError, Policy, Sampling
+from kvrag import Answer, ConfigError, InputError, Policy, Sampling, Session
 from kvrag.calling import CallWatch
 from kvrag.focus.policy import preset
+from kvrag.sessions.session import History
 from llama_index.llms.kvrag._asked import Asked
 from llama_index.llms.kvrag._engine import EngineFields
 from llama_index.llms.kvrag._hints import RETRIEVED, serve
 from llama_index.llms.kvrag._messages import template_messages
 from llama_index.llms.kvrag._results import counts_of, logprobs_of, raw_of
+from llama_index.llms.kvrag._sessions import InSessions
 from llama_index.llms.kvrag._tools import OPTIONS as FORMS
 from llama_index.llms.kvrag._tools import Form, blocks_of, can_keep_to_forms, form_of, in_openai_form
 
@@ -46,10 +48,10 @@ else:
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _MUST_CALL = "must_call"
-_OPTIONS = frozenset({*_SAMPLING, *FORMS, "logprobs", "max_tokens", "policy", "stop"})
+_OPTIONS = frozenset({*_SAMPLING, *FORMS, "logprobs", "max_tokens", "policy", "session", "stop"})
 
 
-class KVCacheLLM(EngineFields, FunctionCallingLLM):
+class KVCacheLLM(EngineFields, InSessions, FunctionCallingLLM):
     """A local model that reads retrieved nodes from prebuilt KV caches.
 
     Nodes that a retriever returned, that `KVCacheTransform` built caches for, or that were read before are
@@ -61,6 +63,13 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
 
     What came from caches stands in a response's `raw["usage"]["prompt_tokens_details"]["cached_tokens"]`, and
     in `raw["kvrag"]` with each document's share of the attention.
+
+    With a session, a conversation keeps a memory that does not grow, and only what is new in it is read:
+
+    >>> llm = KVCacheLLM(sessions="chats", memory="cascade", memory_budget=4096)  # doctest: +SKIP
+    >>> SimpleChatEngine.from_defaults(llm=llm.in_session("jane")).chat("Hello!")  # doctest: +SKIP
+
+    Only conversations (`chat` and its like) are turns of a session; single prompts (`complete`) are not.
     """
 
     policy: _PolicyOrName = Field(
@@ -107,6 +116,20 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
             preset(self.policy)
         self.running.model.fingerprint()  # reads all weights once: better now than in an event loop
         serve(self.running, self.form)
+        self._start_chats()
+
+    def in_session(self, session: Session | str | None) -> KVCacheLLM:
+        """The same model for one conversation, to be handed to a chat engine or an agent.
+
+        Args:
+            session: a kvrag.Session, or its id; None: without any.
+
+        Raises:
+            ConfigError: it is neither, or belongs to another engine.
+        """
+        other: KVCacheLLM = self.model_copy(update={"session": session})
+        other._start_chats()
+        return other
 
     @classmethod
     def class_name(cls) -> str:
@@ -300,13 +323,28 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
 
     def _converse(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Asked:
         """Start an answer to a conversation."""
-        return self._ask(*self._written(messages, options.get("tools")), options)
+        session = self._session_of(options)
+        if session is None:
+            return self._ask(*self._written(messages, options.get("tools")), options)
+        form = form_of(options, self.max_string)
+        history: History = template_messages(messages)
+        if not self._writes_messages:
+            history, _ = self._written(messages, form.tools)
+        stream = session.stream_reply(
+            history, tools=form.tools or None, sampling=self._sampling(options, form)
+        )
+        return Asked(stream, RETRIEVED.get(), self.model, form, session)
+
+    @property
+    def _writes_messages(self) -> bool:
+        """Whether the chat template does."""
+        return self.messages_to_prompt in {None, generic_prompt} and self._is_chat
 
     def _written(
         self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
     ) -> tuple[str, bool]:
         """The prompt of a conversation, and whether a chat template wrote it."""
-        if self.messages_to_prompt not in {None, generic_prompt} or not self._is_chat:
+        if not self._writes_messages:
             assert self.messages_to_prompt is not None
             if tools:
                 raise ConfigError("this model has no chat template to write tools with; use a ReActAgent")
@@ -372,7 +410,7 @@ class KVCacheLLM(EngineFields, FunctionCallingLLM):
         return ChatResponse(
             message=message,
             delta=delta,
-            raw=raw_of(answer, self.model),
+            raw=raw_of(answer, self.model, asked.session.name if asked.session else None),
             logprobs=logprobs_of(answer.logprobs),
             additional_kwargs=dict(counts_of(answer)),
         )

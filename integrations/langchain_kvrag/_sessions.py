@@ -1,0 +1,84 @@
+"""What both models know of sessions: the fields that name them, and the one that a call is a turn of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from pydantic import BaseModel, Field, PrivateAttr
+
+from kvrag import ConfigError, Engine, Session, Sessions
+from kvrag.chats import Chats, ChatSettings
+from langchain_kvrag._threads import Threaded, thread_of, with_thread
+
+
+class InSessions(Threaded, BaseModel):
+    """Fields of sessions; not used by itself."""
+
+    session: Any = None
+    """A conversation whose memory does not grow, of which only what is new is read: a `kvrag.Session`, or its
+    id. None: with `sessions`, the run's `thread_id` or `session_id`, if there is one."""
+    sessions: Any = None
+    """Where ids of sessions are looked up: `kvrag.Sessions`, or a folder. None: no call has a session, unless
+    `session` names one, which is then kept in memory."""
+    memory: Any = "cascade"
+    """What of a session stays in memory: a policy of `kvrag.memory`, or its name."""
+    memory_budget: int | str | None = None
+    """Of a memory that is named: tokens, or bytes such as "512MB"; None: see `kvrag.Engine.session`."""
+    session_options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of `kvrag.Engine.sessions`, such as `system`, `documents` or `budget_bytes`."""
+
+    _chats: Chats | None = PrivateAttr(default=None)
+
+    @property
+    def running(self) -> Engine:
+        """The engine."""
+        raise NotImplementedError
+
+    @property
+    def _is_in_sessions(self) -> bool:
+        return self.sessions is not None or self.session is not None
+
+    def _start_chats(self) -> Chats:
+        """The sessions that the fields name; none is opened yet, and nothing changes unless the fields did.
+
+        Raises:
+            ConfigError: the fields contradict each other.
+        """
+        settings = ChatSettings(
+            sessions=self.sessions,
+            memory=self.memory,
+            budget=self.memory_budget,
+            options=self.session_options,
+        )
+        if self._chats is None or self._chats.settings != settings:  # else it is ours, or that of a copy
+            self._chats = Chats(self.running, settings, holder=getattr(self, "_share", None))
+        if isinstance(self.session, Session) and self.sessions is not None:
+            raise ConfigError("session is a kvrag.Session, and sessions says where ids are; give one of both")
+        if self.session is not None and not isinstance(self.session, str):
+            self._chats.find(self.session)  # checks it
+        return self._chats
+
+    def _session_of(self, options: dict[str, Any], run_manager: Any) -> Session | None:
+        """The session that a call is a turn of; takes what it says of it out of its options.
+
+        Raises:
+            ConfigError: it names none.
+        """
+        if "session" in options:
+            named = options.pop("session")
+        elif self.session is not None:
+            named = self.session
+        else:
+            named = thread_of(run_manager) if self.sessions is not None else None
+        return None if named is None else self._start_chats().find(named)
+
+    def _of_thread(self, config: RunnableConfig | None) -> RunnableConfig | None:
+        return with_thread(config) if self._is_in_sessions else config
+
+    def _check_travel(self) -> None:
+        """Refuse what cannot be pickled."""
+        if isinstance(self.session, Session) or isinstance(self.sessions, Sessions):
+            raise ConfigError(
+                "made with open sessions, this cannot be pickled; name a folder and an id instead"
+            )

@@ -1,0 +1,79 @@
+"""The fields that name a model's sessions, and the one that a conversation is a turn of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_serializer
+
+from kvrag import ConfigError, Engine, Session
+from kvrag.chats import Chats, ChatSettings
+
+
+class InSessions(BaseModel):
+    """Fields of sessions; not used by itself."""
+
+    session: Any = Field(
+        default=None,
+        description=(
+            "A conversation whose memory does not grow, of which only what is new is read: a kvrag.Session, "
+            "or its id. None: conversations are read as a whole, but for the nodes that have caches."
+        ),
+    )
+    sessions: Any = Field(
+        default=None,
+        description="Where ids of sessions are looked up: kvrag.Sessions, or a folder; None: in memory.",
+    )
+    memory: Any = Field(
+        default="cascade",
+        description="What of a session stays in memory: a policy of kvrag.memory, or its name.",
+    )
+    memory_budget: int | str | None = Field(
+        default=None,
+        description="Of a memory that is named: tokens, or bytes such as '512MB'; None: as Engine.session.",
+    )
+    session_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments of kvrag.Engine.sessions, such as system, documents or budget_bytes.",
+    )
+
+    _chats: Chats | None = PrivateAttr(default=None)
+
+    @property
+    def running(self) -> Engine:
+        """The engine."""
+        raise NotImplementedError
+
+    @field_serializer("session", "sessions", "memory")
+    def _serialize_session(self, value: Any) -> str | None:
+        return None if value is None else value if isinstance(value, str) else str(value)
+
+    def _start_chats(self) -> Chats:
+        """The sessions that the fields name; none is opened yet, and nothing changes unless the fields did.
+
+        Raises:
+            ConfigError: the fields contradict each other.
+        """
+        settings = ChatSettings(
+            sessions=self.sessions,
+            memory=self.memory,
+            budget=self.memory_budget,
+            options=self.session_options,
+        )
+        if self._chats is None or self._chats.settings != settings:  # else it is ours, or that of a copy
+            self._chats = Chats(self.running, settings, holder=getattr(self, "_share", None))
+        if isinstance(self.session, Session) and self.sessions is not None:
+            raise ConfigError("session is a kvrag.Session, and sessions says where ids are; give one of both")
+        if self.session is not None and not isinstance(self.session, str):
+            self._chats.find(self.session)  # checks it
+        return self._chats
+
+    def _session_of(self, options: Mapping[str, Any]) -> Session | None:
+        """The session that a call is a turn of.
+
+        Raises:
+            ConfigError: it names none.
+        """
+        named = options.get("session", self.session)
+        return None if named is None else self._start_chats().find(named)

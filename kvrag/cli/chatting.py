@@ -1,0 +1,161 @@
+"""kvrag chat, sessions: conversations whose memory does not grow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvrag.cli.opening import load_engine, open_home, warn_of_reader
+from kvrag.config import Sampling, store_key
+from kvrag.errors import InputError
+from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption
+from kvrag.terminal import print_json, print_table, size, stdout
+
+# Written out, since help must not wait for torch; a test compares them with what there is.
+MEMORIES = "cascade, window, ladder, combined or full"
+FOLDER = "sessions"
+
+
+def chat(
+    session: Annotated[
+        str | None,
+        typer.Option("--session", help="Keep the conversation under this name, or go on with it."),
+    ] = None,
+    load: Annotated[
+        Path | None, typer.Option("--load", help="Go on from a file that /save wrote.", metavar="FILE")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help=f"What stays in memory: {MEMORIES} [cascade].")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="How much: tokens, 4096, or bytes, 512MB [4096].", metavar="SIZE"),
+    ] = None,
+    sub_caches: Annotated[
+        int | None, typer.Option("--sub-caches", help="Of cascade and combined [4].", min=1)
+    ] = None,
+    span: Annotated[
+        int | None, typer.Option("--span", help="Layers that keep a place, of ladder and combined.", min=1)
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
+    document: Annotated[
+        list[Path] | None,
+        typer.Option("--document", help="A file that is always in memory; may be repeated."),
+    ] = None,
+    model: ModelOption = None,
+    folder: HomeOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Talk with a model that reads only what is new and keeps a memory that does not grow.
+
+    One message a line, also from a pipe; /help says what else can be done. Ctrl-C stops an answer, and
+    leaves when there is none.
+
+    Example: kvrag chat --session jane --model Qwen/Qwen2.5-7B-Instruct --budget 512MB
+    """
+    from kvrag import conversations as saved  # noqa: PLC0415 - help texts must not wait for torch
+    from kvrag.cli.talking import Conversation  # noqa: PLC0415
+
+    place = open_home(folder, None, "kvrag")
+    saved.no_key(store_key())
+    documents = _texts(document or [])
+    kept = saved.Conversations(place.path / FOLDER)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    try:
+        with load_engine(place, model, device, dtype) as engine:
+            warn_of_reader(engine, place)
+            policy = _policy(engine, memory, budget, {"sub_caches": sub_caches, "span": span})
+            made: dict[str, Any] = {"system": system, "documents": documents}
+            if load is not None:
+                if policy is not None or system is not None or documents:
+                    raise InputError("--load goes on with what the file was made with; leave the others out")
+                opened = engine.load_session(load)
+                opened = kept.fork(opened, session) if session else opened.fork()
+            elif session is not None:
+                opened = kept.open(engine, session, policy, **made)
+            else:
+                opened = engine.session(policy, **made) if policy else engine.session(**made)
+            Conversation(engine, kept, opened, sampling).run()
+    finally:
+        kept.close()
+
+
+def _texts(paths: list[Path]) -> list[str]:
+    """What files say."""
+    if not paths:
+        return []
+    from kvrag import documents as files  # noqa: PLC0415
+
+    return [document.text for document in files.load(paths)]
+
+
+def _policy(engine: Any, name: str | None, budget: str | None, settings: dict[str, Any]) -> Any:
+    """The memory that the options describe; None if they do not."""
+    from kvrag.memory.policies import memory_policy  # noqa: PLC0415
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    if name is None and budget is None and not given:
+        return None
+    chosen = name or "cascade"
+    if budget is None and chosen != "full":
+        budget = str(min(4096, engine.model.max_length // 2))
+    return memory_policy(chosen, budget, bytes_per_token=engine.model.bytes_per_token, **given)
+
+
+def sessions(
+    rm: Annotated[
+        list[str] | None, typer.Option("--rm", help="Remove this conversation; may be repeated.")
+    ] = None,
+    folder: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the conversations that kvrag chat has kept, or remove some.
+
+    Example: kvrag sessions --rm jane
+    """
+    from kvrag.conversations import Conversations  # noqa: PLC0415 - help texts must not wait for torch
+
+    kept = Conversations(open_home(folder, None, "kvrag").path / FOLDER)
+    try:
+        known = {one.name for one in kept.listed()}
+        if missing := sorted(set(rm or ()) - known):
+            raise InputError(f"no session is called {', '.join(missing)}; kvrag sessions lists them")
+        for name in rm or ():
+            kept.delete(name)
+    finally:
+        kept.close()
+    found = kept.listed()
+    if as_json:
+        print_json({"removed": sorted(rm or ()), "sessions": [asdict(one) for one in found]})
+        return
+    for name in rm or ():
+        stdout().print(f"removed {name}")
+    if not rm:
+        print_sessions(found)
+
+
+def print_sessions(found: list[Any]) -> None:
+    """A table of saved conversations."""
+    if not found:
+        stdout().print("no conversation is kept here; kvrag chat --session NAME keeps one")
+        return
+    rows = [
+        (
+            one.name,
+            f"{one.num_turns}",
+            f"{one.num_tokens}",
+            one.memory if one.budget is None else f"{one.memory} {one.budget}",
+            size(one.num_bytes),
+            datetime.fromtimestamp(one.saved_at).strftime("%Y-%m-%d %H:%M"),
+        )
+        for one in found
+    ]
+    print_table(("session", "turns", "tokens", "memory", "on disk", "saved"), rows)
