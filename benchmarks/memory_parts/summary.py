@@ -28,7 +28,7 @@ def summary(records: Sequence[Record]) -> dict[str, Table]:
     return {
         "families": {name: entry.family for name, entry in BY_NAME.items()},
         "facts": _table(FACTS, _cells([r for r in records if r["task"] in (NEAR, FAR)])),
-        "passkeys": _table(PASSKEYS, _cells([r for r in records if r["task"] == PASSKEY], digits=True)),
+        "passkeys": _table(PASSKEYS, _cells(_shared(records), digits=True)),
         "text": _table(TEXT, _texts(records)),
         "gaps": _table(GAPS, _gaps(records)),
         "against": _table(AGAINST, _against(records)),
@@ -38,6 +38,21 @@ def summary(records: Sequence[Record]) -> dict[str, Table]:
 def rows_of(table: Table) -> list[dict[str, Any]]:
     """Rows of a table with their column names."""
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def _shared(records: Sequence[Record]) -> list[Record]:
+    """Passkeys at depths that all policies have been asked at, those with few depths so far left aside."""
+    some = [r for r in records if r["task"] == PASSKEY]
+    kept: list[Record] = []
+    for room in {r["room"] for r in some}:
+        depths: dict[str, set[int]] = defaultdict(set)
+        for record in some:
+            if record["room"] == room:
+                depths[record["policy"]].add(record["batch"])
+        most = max(map(len, depths.values()))
+        shared = set.intersection(*(found for found in depths.values() if 2 * len(found) > most))
+        kept += [r for r in some if r["room"] == room and r["batch"] in shared]
+    return kept
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

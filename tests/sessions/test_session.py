@@ -32,7 +32,14 @@ from kvrag.memory.window import Window
 from kvrag.model import Model
 from kvrag.testing.models import tiny
 
-POLICIES: list[MemoryPolicy] = [Full(), Window(48), Cascade(52), Ladder(48, span=2), LadderCascade(52), Salient(52)]
+POLICIES: list[MemoryPolicy] = [
+    Full(),
+    Window(48),
+    Cascade(52),
+    Ladder(48, span=2),
+    LadderCascade(52),
+    Salient(52),
+]
 SHORT = Sampling(max_new_tokens=6)
 SAID = ["Where is the ferry?", "And in winter?", "Who keeps the lighthouse of Varn?", "Since when?"]
 
