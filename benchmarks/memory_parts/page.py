@@ -165,9 +165,9 @@ def _passkeys(m: Measured) -> list[str]:
         "![exact match by length](img/memory-passkeys.svg)",
         "",
         *_prose(
-            "Four to six digits in hay, the length in budgets; 13 depths, evenly spread over the length, 16",
-            "passkeys at each, as far as all policies have been asked. What stands before the passkey is cut to",
-            "one budget of hay. Exact match in percent, in brackets the share of right digits (given the digits",
+            "Four to six digits in hay, the length in budgets; 13 depths, evenly spread over the length,",
+            "16 passkeys at each, as far as all policies have been asked. What stands before the passkey",
+            "is cut to one budget of hay. Exact match in percent, in brackets the share of right digits (given the digits",
             "before).",
         ),
     ]
