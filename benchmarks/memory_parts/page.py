@@ -167,8 +167,8 @@ def _passkeys(m: Measured) -> list[str]:
         *_prose(
             "Four to six digits in hay, the length in budgets; 13 depths, evenly spread over the length,",
             "16 passkeys at each, as far as all policies have been asked. What stands before the passkey",
-            "is cut to one budget of hay. Exact match in percent, in brackets the share of right digits (given the digits",
-            "before).",
+            "is cut to one budget of hay. Exact match in percent, in brackets the share of right digits",
+            "(given the digits before).",
         ),
     ]
     for room in sorted({key[2] for key in m.passkeys}):
