@@ -273,7 +273,7 @@ class Behind:
             self.fresh = self.fresh.behind(self._tables, self._specs)
             self._tables, self._rent = SegmentTable(), None
         wanted = (self._tables, [token], [position], self.fresh, self._looking)
-        return Want(*wanted) if self._replays is None else ReplayedWant(*wanted, self._replays)
+        return Want(*wanted) if self._replays is None else ReplayedWant(*wanted, replays=self._replays)
 
 
 def steps(
