@@ -134,16 +134,20 @@ def test_a_context_that_changes_is_read_anew(engine: Engine, talk: Make, heard: 
         [Document(text=text) for text in texts], embed_model=LexicalEmbedding()
     )
     llm = talk()
-    chat = ContextChatEngine.from_defaults(index.as_retriever(similarity_top_k=1), llm=llm)
+
+    def engine_of(llm: KVCacheLLM) -> ContextChatEngine:
+        # Its own choice of a memory leaves database connections open.
+        memory = ChatMemoryBuffer.from_defaults(token_limit=2000)
+        return ContextChatEngine.from_defaults(index.as_retriever(similarity_top_k=1), llm=llm, memory=memory)
+
+    chat = engine_of(llm)
     chat.chat("When does the ferry leave?")
     chat.chat("When was the lighthouse built?")
     told = [use(answer) for answer in heard.answers()]
     assert told[1]["anew"]
     assert told[1]["read"] > new_tokens(engine, "When was the lighthouse built?")
     chat.reset()
-    without = ContextChatEngine.from_defaults(
-        index.as_retriever(similarity_top_k=1), llm=llm.in_session(None)
-    )
+    without = engine_of(llm.in_session(None))
     without.chat("When does the ferry leave?")
     assert heard.answers()[-1].raw["kvrag"]["documents"], "from caches instead"
 
