@@ -157,14 +157,15 @@ class Fixed:
 class Watches(Protocol):
     """Looks on while tokens are read."""
 
-    def note(self, layer: int, row: int, call: AttentionCall, mass: torch.Tensor) -> None:
+    def note(self, layer: int, row: int, call: AttentionCall, lse: torch.Tensor) -> None:
         """Take what a layer did.
 
         Args:
             layer: number of the layer.
             row: fresh row of the first token of this pass; noted before from it on: of a pass that failed.
             call: queries and keys, not rotated, and values.
-            mass: [S, B, H, T], float32: of each segment that the layer read, and last of the fresh rows.
+            lse: [B, H, T], float32: log-sum-exp of everything that the layer read; exp(score - lse) is a
+                row's probability.
         """
         ...
 
@@ -306,10 +307,11 @@ class TableReading:
             softcap=call.softcap,
             sinks=call.sinks,
             group=self.looking.group,
+            with_lse=self.looking.watch is not None,
         )
         mass = attended.mass
-        if self.looking.watch is not None:
-            self.looking.watch.note(layer, len(self.fresh.positions), call, mass)
+        if self.looking.watch is not None and attended.lse is not None:
+            self.looking.watch.note(layer, len(self.fresh.positions), call, attended.lse)
         own = _Part(call, rows[-1], layout.own_turn, attended.mass[-1], scale)
         standing = {i: span for place, i in enumerate(read) if (span := self._standing(table.segments[i]))}
         if standing and self.looking.from_row < call.query.shape[2]:
