@@ -108,6 +108,7 @@ def segment_attention_many(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     group: Group | None = None,
+    with_lse: bool = False,
 ) -> list[Attended]:
     """Attention of several requests, each to segments of its own: with Triton in one launch.
 
@@ -119,6 +120,7 @@ def segment_attention_many(
         softcap: see `segment_attention`.
         sinks: see `segment_attention`.
         group: see `segment_attention`.
+        with_lse: see `segment_attention`.
 
     Returns:
         For each request what `segment_attention` returns for it alone, with B = 1.
@@ -142,7 +144,14 @@ def segment_attention_many(
         return attend_many(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
     return [
         segment_attention(
-            query[i : i + 1], segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+            query[i : i + 1],
+            segments,
+            turn,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            group=group,
+            with_lse=with_lse,
         )
         for i, (segments, turn) in enumerate(zip(tables, turns, strict=True))
     ]
