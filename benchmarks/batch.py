@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from ttft import SMOKE, Shape, build
+from ttft import SHAPES, SMOKE, build
 
 from kvrag.config import Sampling
 from kvrag.decode import Chooser, Step
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["reader", "shape"], choices=["reader", "shape"])
+    parser.add_argument("--shape", choices=SHAPES, default="0.5B", help="of the random model")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument("--documents", type=int, default=Load.documents, help="of each prompt")
     parser.add_argument("--words", type=int, default=Load.words, help="of each document of the random shape")
@@ -181,7 +182,11 @@ def main() -> None:
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    load, shape, dtype = Load(args.documents, args.words, args.tokens), Shape(), getattr(torch, args.dtype)
+    load, shape, dtype = (
+        Load(args.documents, args.words, args.tokens),
+        SHAPES[args.shape],
+        getattr(torch, args.dtype),
+    )
     if args.smoke:
         load, shape, args.callers, args.repeat, args.models = Load(2, 12, 4), SMOKE, [1, 3], 1, ["shape"]
     start, found = os.getloadavg()[0], {}

@@ -1,6 +1,7 @@
 """Builds, checks and measures everything that needs a GPU, one step after the other, and writes it all down.
 
     python benchmarks/on_gpu.py --into results             # on the machine with the GPU
+    python benchmarks/on_gpu.py --json results/gpu.json     # the same, and everything in one file
     python benchmarks/on_gpu.py --smoke                     # anywhere: the smallest form of what runs here
 
 Needs torch, triton, transformers and, for the tests, pytest, hypothesis and numpy; neither databases nor
@@ -32,6 +33,10 @@ markers =
     slow: more than ten seconds
     bench: measures speed
 """
+
+
+_LLAMA = ("--shape", "Llama-3.1-8B")
+_PROMPT = ("--documents", "32", "--tokens", "512", "--question", "64")
 
 
 def environment() -> dict[str, str]:
@@ -76,8 +81,8 @@ def steps(into: Path, configuration: Path, *, smoke: bool) -> dict[str, list[str
             *tests,
         ],
         "kernels": ["benchmarks/kernels.py", "--json", str(into / "kernels.json")],
-        "first token": ["benchmarks/ttft.py", *common, str(into / "ttft.json")],
-        "callers": ["benchmarks/batch.py", *common, str(into / "batch.json")],
+        "first token": ["benchmarks/ttft.py", *_LLAMA, *_PROMPT, *common, str(into / "ttft.json")],
+        "callers": ["benchmarks/batch.py", *_LLAMA, *common, str(into / "batch.json")],
     }
 
 
@@ -106,6 +111,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--into", type=Path, help="folder for results; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="write the summary and what every step measured here")
     parser.add_argument("--only", nargs="*", help="names of steps")
     parser.add_argument("--seconds", type=int, default=1800, help="longest time of a step")
     parser.add_argument("--smoke", action="store_true", help="the smallest form, with or without a GPU")
@@ -123,6 +129,10 @@ def main() -> int:
             if args.only is None or step in args.only:
                 found["steps"][step] = run(step, command, into, args.seconds)
         (into / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+        if args.json:
+            measured = {f.stem: json.loads(f.read_text()) for f in into.glob("*.json") if f.stem != "summary"}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(found | {"measured": measured}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0 if all(step["exit"] == 0 for step in found["steps"].values()) else 1
 

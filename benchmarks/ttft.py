@@ -15,13 +15,16 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
+from kernels_parts.limits import limits
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag import backbone
@@ -31,7 +34,7 @@ from kvrag.decode import Behind, choice, steps
 from kvrag.fresh import FreshRows
 from kvrag.model import Model, quiet
 from kvrag.prefill import Read, encode, read
-from kvrag.segments import Segment, SegmentTable
+from kvrag.segments import KV, LayerKV, Segment, SegmentTable
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey
 from kvrag.testing.models import tiny_tokenizer
@@ -48,8 +51,10 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 64
     vocabulary: int = 32_000
+    tied: bool = True
 
 
+SHAPES = {"0.5B": Shape(), "Llama-3.1-8B": Shape(32, 4096, 14_336, 32, 8, 128, 128_256, tied=False)}
 SMOKE = Shape(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, vocabulary=512)
 
 
@@ -65,12 +70,13 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> Model:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=32_768,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=0,
     )
-    network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return Model(network.to(device), tiny_tokenizer(), name="random Llama")
 
 
@@ -108,6 +114,7 @@ class Bench:
             return tuple(torch.randint(5, vocabulary, (count,), generator=generator).tolist())
 
         self.model, self.folder = model, folder
+        self.backend: SDPBackend | None = None  # PyTorch's choice
         self.documents = [draw(doc_tokens) for _ in range(num_documents)]
         self.question = draw(question)
         self.prompt = [t for document in self.documents for t in document] + list(self.question)
@@ -132,6 +139,26 @@ class Bench:
         table, fresh = SegmentTable(tuple(segments)), FreshRows(self.model.num_layers)
         return table, fresh, self._read(table, fresh)
 
+    def held(self, *, pinned: bool) -> list[KV]:
+        """Every document in the device's memory, or in memory that it copies from without help."""
+        store = DiskStore(self.folder)
+        loaded = [store.get(key) for key in self.keys]
+        if not pinned:
+            return [kv.to(self.model.device) for kv in loaded]
+        return [
+            KV(kv.tokens, tuple(LayerKV(x.keys.pin_memory(), x.values.pin_memory()) for x in kv.layers))
+            for kv in loaded
+        ]
+
+    @torch.inference_mode()
+    def from_memory(self, held: Sequence[KV]) -> None:
+        """Bring what is not there yet to the device, read the question, choose the first token."""
+        segments, at = [], 0
+        for number, kv in enumerate(held):
+            segments.append(Segment(kv.to(self.model.device), at, document=number))
+            at += kv.num_tokens
+        self._read(SegmentTable(tuple(segments)), FreshRows(self.model.num_layers))
+
     def question_alone(self) -> None:
         """The floor: the question with no documents at all."""
         self._read(SegmentTable(), FreshRows(self.model.num_layers))
@@ -142,13 +169,26 @@ class Bench:
         int(found.logits[-1].argmax())  # the token itself is part of the time
         return found
 
+    def choose_backend(self) -> None:
+        """Let the ordinary side use the fastest of PyTorch's own operators, of those that do not refuse."""
+        found: dict[SDPBackend, float] = {}
+        for self.backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            try:
+                self.ordinary(2)
+                found[self.backend] = self.ordinary(2).first_token
+            except RuntimeError as error:
+                print(f"{self.backend}: {error}")
+        self.backend = min(found, key=lambda backend: found[backend]) if found else None
+
     def ordinary(self, new_tokens: int) -> OrdinaryAnswer:
         """The whole prompt by transformers' generate, with its stock attention."""
         self.model.network.set_attn_implementation("sdpa")
+        wanted = sdpa_kernel(self.backend) if self.backend is not None else nullcontext()
         try:
-            return ordinary_answer(
-                self.model, self.prompt, Sampling(max_new_tokens=new_tokens, ignore_eos=True)
-            )
+            with wanted:
+                return ordinary_answer(
+                    self.model, self.prompt, Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+                )
         finally:
             self.model.network.set_attn_implementation(backbone.NAME)
 
@@ -169,6 +209,8 @@ def measure(bench: Bench, repeat: int, full_repeat: int, decode_tokens: int) -> 
     device = bench.model.device
     bench.from_files()
     bench.question_alone()
+    if device.type == "cuda":
+        bench.choose_backend()
     warm: list[float] = []
     alone, cold, load, full, ours, theirs = ([*warm] for _ in range(6))
     for i in range(max(repeat, full_repeat)):
@@ -194,10 +236,36 @@ def measure(bench: Bench, repeat: int, full_repeat: int, decode_tokens: int) -> 
         "decode": median(ours),
         "decode_ordinary": median(theirs),
     }
+    found |= in_memory(bench, repeat)
     found["ratio_warm"] = found["full_prefill"] / found["cached_warm"]
     found["ratio_cold"] = found["full_prefill"] / found["cached_cold"]
     found["ratio_floor"] = found["full_prefill"] / found["question_alone"]
     found["ratio_decode"] = found["decode_ordinary"] / found["decode"]
+    for name in ("resident", "pinned"):
+        if name in found:
+            found[f"ratio_{name}"] = found["full_prefill"] / found[name]
+    return found
+
+
+def in_memory(bench: Bench, repeat: int) -> dict[str, float]:
+    """Seconds with documents in memory, and on a GPU what bounds them.
+
+    `least`: weights and rows read once at the rate of a copy; `link`: rows copied from pinned memory alone.
+    """
+    device = bench.model.device
+    resident = bench.held(pinned=False)
+
+    def middle(run: Callable[[], object]) -> float:
+        timed(run, device)
+        return median(timed(run, device) for _ in range(repeat))
+
+    found = {"resident": middle(lambda: bench.from_memory(resident))}
+    if device.type == "cuda":
+        weights = sum(p.nbytes for p in bench.model.network.parameters())
+        found["least"] = (weights + sum(kv.num_bytes for kv in resident)) / limits(device, small=False).copy
+        pinned = bench.held(pinned=True)
+        found["pinned"] = middle(lambda: bench.from_memory(pinned))
+        found["link"] = middle(lambda: [kv.to(device) for kv in pinned])
     return found
 
 
@@ -239,12 +307,18 @@ def report(made: dict[str, object], found: dict[str, float]) -> str:
         ("prebuilt caches, files in the page cache", "cached_warm", "ratio_warm"),
         ("prebuilt caches, page cache dropped", "cached_cold", "ratio_cold"),
         ("  of which load and verify (warm)", "load_and_verify", None),
+        ("prebuilt caches, on the device", "resident", "ratio_resident"),
+        ("prebuilt caches, from pinned memory", "pinned", "ratio_pinned"),
+        ("  of which the link alone", "link", None),
+        ("  least: weights and rows read once", "least", None),
         ("floor: the question alone", "question_alone", "ratio_floor"),
         ("decode, per token, transformers' generate", "decode_ordinary", None),
         ("decode, per token, kvrag", "decode", "ratio_decode"),
     ]
     lines = [", ".join(f"{k}={v}" for k, v in made.items()), ""]
     for title, name, ratio in rows:
+        if name not in found:
+            continue
         times = f"{found[ratio]:6.1f}x" if ratio else ""
         lines.append(f"{title:<44}{found[name] * 1e3:>10.1f} ms  {times}")
     return "\n".join(lines)
@@ -257,6 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5B", help="of the random model")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="per document")
     parser.add_argument("--question", type=int, default=32, help="tokens")
@@ -270,7 +345,7 @@ def main() -> None:
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape = SMOKE if args.smoke else Shape()
+    shape = SMOKE if args.smoke else SHAPES[args.shape]
     if args.smoke:
         args.documents, args.tokens, args.repeat, args.full_repeat, args.decode = 2, 32, 2, 1, 4
     with tempfile.TemporaryDirectory(prefix="kvrag-ttft-") as folder:

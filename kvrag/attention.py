@@ -14,6 +14,7 @@ from kvrag.fresh import FreshRows
 from kvrag.rotary import LayerSpec, rotate
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
 from kvrag_kernels import (
+    Attended,
     Group,
     RowMask,
     Rows,
@@ -157,14 +158,15 @@ class Fixed:
 class Watches(Protocol):
     """Looks on while tokens are read."""
 
-    def note(self, layer: int, row: int, call: AttentionCall, mass: torch.Tensor) -> None:
+    def note(self, layer: int, row: int, call: AttentionCall, lse: torch.Tensor) -> None:
         """Take what a layer did.
 
         Args:
             layer: number of the layer.
             row: fresh row of the first token of this pass; noted before from it on: of a pass that failed.
             call: queries and keys, not rotated, and values.
-            mass: [S, B, H, T], float32: of each segment that the layer read, and last of the fresh rows.
+            lse: [B, H, T], float32: log-sum-exp of everything that the layer read; exp(score - lse) is a
+                row's probability.
         """
         ...
 
@@ -223,6 +225,27 @@ class _Part:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a layer attends to for one request.
+
+    Attributes:
+        table: the segments.
+        read: numbers of those that the layer reads.
+        layout: who sees what.
+        rows: of the segments that are read, and last the fresh ones.
+        call: queries, and keys as they are before any rotation.
+        scale: factor on the scores.
+    """
+
+    table: SegmentTable
+    read: tuple[int, ...]
+    layout: Layout
+    rows: list[Rows]
+    call: AttentionCall
+    scale: float
+
+
 class TableReading:
     """Reads fresh tokens over a segment table (see `kvrag.backbone.Reading`).
 
@@ -258,7 +281,51 @@ class TableReading:
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Rotate and keep the fresh keys, then attend to segments and fresh rows."""
-        out = self._attend(layer, self._table(layer), call)
+        prepared = self.prepare(layer, call)
+        return self.finish(layer, prepared, None if self.fresh.borders is not None else self.alone(prepared))
+
+    def prepare(self, layer: int, call: AttentionCall) -> Prepared:
+        """Rotate and keep the fresh keys, and say what a layer attends to."""
+        spec, table = self.specs[layer], self._table(layer)
+        read = tuple(i for i, s in enumerate(table) if s.is_read_by(layer))
+        layout = self._layout(spec, table, read)
+        keys = rotate(call.key, layout.own_turn)
+        kvs = [table.segments[i].kv.layers[layer] for i in read]
+        rows = layout.rows(kvs, self.fresh.append(layer, keys, call.value))
+        return Prepared(table, read, layout, rows, call, call.scale * spec.score_factor(call.query.dtype))
+
+    def alone(self, prepared: Prepared) -> Attended:
+        """Attend to what was prepared, in a launch of its own."""
+        call = prepared.call
+        return segment_attention(
+            call.query,
+            prepared.rows,
+            prepared.layout.turn,
+            scale=prepared.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            group=self.looking.group,
+            with_lse=self.looking.watch is not None,
+        )
+
+    def finish(self, layer: int, prepared: Prepared, attended: Attended | None) -> torch.Tensor:
+        """Note what the layer looked at and let the next one's rows come.
+
+        Args:
+            layer: number of the layer.
+            prepared: from `prepare`.
+            attended: to it; None: the rows were copied together, and are attended to here.
+
+        Returns:
+            [1, H, T, Dv].
+        """
+        if self.fresh.borders is not None:
+            out = self._parted(layer, prepared, self.fresh.borders)
+        elif attended is None:
+            raise ValueError("nothing was attended to")
+        else:
+            out = attended.out
+            self._noted(layer, prepared, attended)
         if layer + 1 < len(self.specs):
             self._look_ahead(layer + 1)
         return out
@@ -278,38 +345,27 @@ class TableReading:
         for segment in table.layer(layer):
             segment.kv.read_soon(layer)
 
-    def _attend(self, layer: int, table: SegmentTable, call: AttentionCall) -> torch.Tensor:
-        spec = self.specs[layer]
-        read = tuple(i for i, s in enumerate(table) if s.is_read_by(layer))
-        layout = self._layout(spec, table, read)
-        keys = rotate(call.key, layout.own_turn)
-        kvs = [table.segments[i].kv.layers[layer] for i in read]
-        rows = layout.rows(kvs, self.fresh.append(layer, keys, call.value))
-        scale = call.scale * spec.score_factor(call.query.dtype)
-        if self.fresh.borders is not None:
-            attended = parted_attention(
-                call.query,
-                rows[-1],
-                layout.turn,
-                self.fresh.borders,
-                scale=scale,
-                softcap=call.softcap,
-                sinks=call.sinks,
-            )
-            self._note(layer, attended.mass[:, 0], range(len(self.fresh.borders)), len(self.fresh.borders))
-            return attended.out
-        attended = segment_attention(
+    def _parted(self, layer: int, prepared: Prepared, borders: torch.Tensor) -> torch.Tensor:
+        """Over rows that were copied together from all segments."""
+        call = prepared.call
+        attended = parted_attention(
             call.query,
-            rows,
-            layout.turn,
-            scale=scale,
+            prepared.rows[-1],
+            prepared.layout.turn,
+            borders,
+            scale=prepared.scale,
             softcap=call.softcap,
             sinks=call.sinks,
-            group=self.looking.group,
         )
-        mass = attended.mass
-        if self.looking.watch is not None:
-            self.looking.watch.note(layer, len(self.fresh.positions), call, mass)
+        self._note(layer, attended.mass[:, 0], range(len(borders)), len(borders))
+        return attended.out
+
+    def _noted(self, layer: int, prepared: Prepared, attended: Attended) -> None:
+        """Take what a layer looked at."""
+        table, read, rows, call = prepared.table, prepared.read, prepared.rows, prepared.call
+        layout, scale, mass = prepared.layout, prepared.scale, attended.mass
+        if self.looking.watch is not None and attended.lse is not None:
+            self.looking.watch.note(layer, len(self.fresh.positions), call, attended.lse)
         own = _Part(call, rows[-1], layout.own_turn, attended.mass[-1], scale)
         standing = {i: span for place, i in enumerate(read) if (span := self._standing(table.segments[i]))}
         if standing and self.looking.from_row < call.query.shape[2]:
@@ -324,7 +380,6 @@ class TableReading:
                 for place, own_mass in enumerate(attended.mass[:-1])
             ]
             self.columns[layer] = self._columns(table, read, parts, own, standing)
-        return attended.out
 
     def _standing(self, segment: Segment) -> tuple[int, int] | None:
         """The fresh rows that stand for hidden ones of a segment, as far as they were read."""

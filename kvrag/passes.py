@@ -1,7 +1,8 @@
 """One forward pass for several requests: weights are read once, attention is each request's own.
 
 The tokens of all of them stand in one row. Only attention lets tokens see each other, and it is cut up by
-request: everybody's tokens go to his own `TableReading`, with his own segments, fresh rows and positions.
+request: everybody's tokens go to his own `TableReading`, with his own segments, fresh rows and positions. On
+a GPU, requests that each read equally many tokens (one, while answers are written) attend in one launch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from typing import Any
 
 import torch
 
-from kvrag.attention import Fixed, TableReading
+from kvrag.attention import Fixed, Prepared, TableReading
 from kvrag.backbone import AttentionCall
 from kvrag.model import Model
 from kvrag.prefill import Read, Want, found_by
 from kvrag.segments import SegmentTable
+from kvrag_kernels import Attended, Group, backend, segment_attention_many
 
 Outcome = Read | Exception
+
+
+_MOST_ROWS = 256  # tokens of a request up to which it shares a launch: longer ones fill the device alone
+
+_Kind = tuple[int, Group | None]
 
 
 class _Part:
@@ -27,6 +34,7 @@ class _Part:
     Attributes:
         rows: which of the pass's tokens are its own.
         reading: its attention.
+        prepared: what the layer at hand attends to.
         error: what went wrong in it; the others go on.
     """
 
@@ -38,21 +46,49 @@ class _Part:
         self.reading = TableReading(
             model.specs, tables, want.fresh, want.positions, device=model.device, looking=want.looking
         )
+        self.prepared: Prepared | None = None
         self.error: Exception | None = None
 
-    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
-        """Attention of the own tokens, [1, H, T, Dv]; zeros behind an error."""
+    def prepare(self, layer: int, call: AttentionCall) -> None:
+        """Take the own tokens of a call."""
+        self.prepared = None
+        if self.error is not None:
+            return
         query, key, value = (x[:, :, self.rows] for x in (call.query, call.key, call.value))
-        if self.error is None:
+        try:
+            self.prepared = self.reading.prepare(layer, replace(call, query=query, key=key, value=value))
+        except Exception as error:
+            self.error = error
+
+    @property
+    def kind(self) -> _Kind | None:
+        """What requests have in common that can share a launch; None: this one cannot."""
+        looking, num_rows = self.reading.looking, self.rows.stop - self.rows.start
+        if self.prepared is None or self.reading.fresh.borders is not None or num_rows > _MOST_ROWS:
+            return None
+        if looking.column_layers or any(rows.mask is not None for rows in self.prepared.rows):
+            return None  # looked at closely anyway; masks would be asked for in everybody's rows
+        return num_rows, looking.group
+
+    def finish(self, layer: int, call: AttentionCall, attended: Attended | None) -> torch.Tensor:
+        """Attention of the own tokens, [1, H, T, Dv], alone if it is not there yet; zeros behind an error."""
+        prepared = self.prepared
+        if prepared is not None:
             try:
-                return self.reading.attend(layer, replace(call, query=query, key=key, value=value))
+                if attended is None and self.reading.fresh.borders is None:
+                    attended = self.reading.alone(prepared)
+                return self.reading.finish(layer, prepared, attended)
             except Exception as error:
                 self.error = error
-        return query.new_zeros((*query.shape[:3], value.shape[-1]))
+        query = call.query[:, :, self.rows]
+        return query.new_zeros((*query.shape[:3], call.value.shape[-1]))
 
 
 class SharedReading:
-    """Attention of a pass whose tokens belong to several requests (see `kvrag.backbone.Reading`)."""
+    """Attention of a pass whose tokens belong to several requests (see `kvrag.backbone.Reading`).
+
+    Where the Triton kernel runs, requests with equally many tokens attend in one launch.
+    """
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         """Read for these."""
@@ -60,7 +96,40 @@ class SharedReading:
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Everybody's own."""
-        return torch.cat([part.attend(layer, call) for part in self._parts], dim=2)
+        for part in self._parts:
+            part.prepare(layer, call)
+        found = self._together(call) if backend(call.query.device) == "triton" else {}
+        return torch.cat([p.finish(layer, call, found.get(i)) for i, p in enumerate(self._parts)], dim=2)
+
+    def _together(self, call: AttentionCall) -> dict[int, Attended]:
+        """Launches for those that can share one, by number of the part."""
+        kinds: dict[_Kind, list[int]] = {}
+        for i, part in enumerate(self._parts):
+            if (kind := part.kind) is not None:
+                kinds.setdefault(kind, []).append(i)
+        found: dict[int, Attended] = {}
+        for same in kinds.values():
+            if len(same) > 1:
+                attended = self._launch([self._parts[i] for i in same], call)
+                found.update(zip(same, attended, strict=False))  # none of them where the launch failed
+        return found
+
+    def _launch(self, parts: Sequence[_Part], call: AttentionCall) -> list[Attended]:
+        """Several requests in one launch; nothing if it fails, and then each finds out for itself."""
+        prepared = [part.prepared for part in parts if part.prepared is not None]
+        try:
+            return segment_attention_many(
+                torch.cat([x.call.query for x in prepared]),
+                [x.rows for x in prepared],
+                [x.layout.turn for x in prepared],
+                scale=prepared[0].scale,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                group=parts[0].reading.looking.group,
+                with_lse=any(part.reading.looking.watch is not None for part in parts),
+            )
+        except Exception:
+            return []
 
     def mask(self, predicate: Any) -> Any:
         """The layers get no mask: who sees what is decided in the parts."""

@@ -21,7 +21,8 @@ from kvrag.passes import Passes
 from kvrag.prefill import Read, Want, encode
 from kvrag.segments import KV, Segment, SegmentTable
 from kvrag.testing.models import tiny
-from kvrag_kernels import Group
+from kvrag_kernels import Attended, Group, using
+from kvrag_kernels.segment_attention import launch
 
 WORDS = "the lighthouse of varn and a ferry on the mirrow in winter ".split()
 
@@ -131,6 +132,81 @@ def test_a_pass_of_one_is_that_one_bit_for_bit() -> None:
         assert isinstance(found, Read)
         assert torch.equal(found.logits, expected.logits)
         assert torch.equal(found.mass, expected.mass)
+
+
+# ---- one launch for several
+
+
+def launched(requests: Sequence[Request], family: str = "llama", kernels: str = "triton") -> list[int]:
+    """How many requests each launch took; all of them get what they would get alone."""
+    wants, alone = ([r.want(family) for r in requests] for _ in range(2))
+    sizes: list[int] = []
+    run = launch.StaticAttention.__call__
+
+    def counted(self: launch.StaticAttention, query: torch.Tensor) -> Attended:
+        sizes.append(query.shape[0])
+        return run(self, query)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), using(kernels):  # type: ignore[arg-type]
+        patch.setattr(launch.StaticAttention, "__call__", counted)
+        found = Passes(model(family), 99).run(wants)
+    for i, (mine, other) in enumerate(zip(found, alone, strict=True)):
+        assert_same(mine, other.read(model(family)))
+        assert_same_rows(wants[i].fresh, other.fresh)
+    return sizes
+
+
+WRITING = (
+    Request((0, 1, 2), 4, (11,)),
+    Request((), 3, (12,)),
+    Request((4, 4), 30, (13,)),
+    Request((2, 0), 0, (18, 19, 20)),
+    Request((1,), 0, (21, 22, 23)),
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "deepseek_v3"])
+def test_requests_of_as_many_tokens_attend_in_one_launch(family: str) -> None:
+    sizes = launched(WRITING, family)
+    if family in ("llama", "deepseek_v3"):  # the others' windows are each request's own
+        assert sizes == [3, 2] * model(family).num_layers
+    assert {2, 3} <= set(sizes)
+
+
+def test_only_kernels_share_launches() -> None:
+    assert launched(WRITING, kernels="cpu") == []
+
+
+def test_who_is_looked_at_closely_attends_alone() -> None:
+    sizes = launched([*WRITING[:3], Request((3,), 2, (17,), group=True)])
+    assert sizes == [3, 1] * model().num_layers
+
+
+def test_a_failure_in_a_shared_launch_is_its_own_requests_alone() -> None:
+    wants, alone = ([r.want() for r in WRITING] for _ in range(2))
+    bad = wants[1]
+    wants[1] = Want(Failing(SegmentTable(), 2), bad.tokens, bad.positions, bad.fresh)
+    with using("triton"):
+        found = Passes(model(), 99).run(wants)
+    assert isinstance(found[1], CacheMiss)
+    for i in (0, 2, 3, 4):
+        assert_same(found[i], alone[i].read(model()))
+
+
+def test_when_a_shared_launch_fails_everybody_attends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wants, alone = ([r.want() for r in WRITING] for _ in range(2))
+    run = launch.StaticAttention.__call__
+
+    def scarce(self: launch.StaticAttention, query: torch.Tensor) -> Attended:
+        if query.shape[0] > 1:
+            raise RuntimeError("out of memory")
+        return run(self, query)
+
+    monkeypatch.setattr(launch.StaticAttention, "__call__", scarce)
+    with using("triton"):
+        found = Passes(model(), 99).run(wants)
+    for mine, other in zip(found, alone, strict=True):
+        assert_same(mine, other.read(model()))
 
 
 # ---- failures

@@ -2,7 +2,7 @@
 
 from kvrag_kernels._backend import Backend, backend, using
 from kvrag_kernels.cascade_update import CascadeUpdate, cascade_update, cascade_update_reference
-from kvrag_kernels.move_rows import move_rows
+from kvrag_kernels.move_rows import Moving, Places, Spin, move_rows
 from kvrag_kernels.segment_attention import (
     AnyRows,
     Attended,
@@ -13,15 +13,20 @@ from kvrag_kernels.segment_attention import (
     Rows,
     Turn,
     column_mass,
-    column_scores,
-    column_scores_reference,
     part_mass,
     parted_attention,
     segment_attention,
     segment_attention_many,
     segment_attention_reference,
 )
-from kvrag_kernels.strided_prefill import Scoring, Strided, strided_prefill
+from kvrag_kernels.strided_prefill import (
+    Scoring,
+    Strided,
+    column_scores,
+    column_scores_reference,
+    reduce_heads,
+    strided_prefill,
+)
 
 __all__ = [
     "AnyRows",
@@ -29,11 +34,14 @@ __all__ = [
     "Backend",
     "CascadeUpdate",
     "Group",
+    "Moving",
     "PagedRows",
+    "Places",
     "QuantisedRows",
     "RowMask",
     "Rows",
     "Scoring",
+    "Spin",
     "Strided",
     "Turn",
     "backend",
@@ -45,6 +53,7 @@ __all__ = [
     "move_rows",
     "part_mass",
     "parted_attention",
+    "reduce_heads",
     "segment_attention",
     "segment_attention_many",
     "segment_attention_reference",

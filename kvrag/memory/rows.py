@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from kvrag.memory.base import Moves, Run
-from kvrag.rotary import LayerSpec, rotate
+from kvrag.rotary import LayerSpec
 from kvrag.segments import KV, LayerKV, Segment
-from kvrag_kernels import Turn
+from kvrag_kernels import Moving, Places, Spin, move_rows
 
 Shape = tuple[int, int, int]
 _LEAST = 64
@@ -93,6 +93,7 @@ class MemoryRows:
         self.specs, self.shapes = tuple(specs), tuple(shapes)
         self.dtype, self.device = dtype, device
         self.layers = [self._empty(spec, shape) for spec, shape in zip(specs, shapes, strict=True)]
+        self._spins = {spec: _spin(spec) for spec in dict.fromkeys(self.specs)}
         self._written = torch.zeros(0, dtype=torch.bool, device=device)
         self._journal: Journal | None = None
 
@@ -132,27 +133,21 @@ class MemoryRows:
             return
         self._grow(int(slots.max()) + 1, capacity)
         self._note(slots)
-        sources = moves.sources.to(self.device)
-        is_fresh = sources >= moves.num_before
-        all_fresh = bool(is_fresh.all())
-        turns = {s: _turn(s, slots) for s in dict.fromkeys(self.specs)}
-        for i, (spec, layer) in enumerate(zip(self.specs, self.layers, strict=True)):
-            heads = layer.keys.shape[0]
-            source, fresh = sources[i].expand(heads, -1), is_fresh[i].expand(heads, -1)
-            old = None if all_fresh else torch.where(fresh, 0, source)
-            new = torch.where(fresh, source - moves.num_before, 0)
-            taken = _taken(layer.values, values[i], old, new, fresh)
-            if layer.raw is not None or spec.rotation is None or old is None:
-                held = layer.keys if layer.raw is None else layer.raw
-                raw = _taken(held, keys[i], old, new, fresh)
-                turned = rotate(raw[None], turns[spec])[0]
-                if layer.raw is not None:
-                    layer.raw[:, slots] = raw
-            else:
-                turned = _turned(spec, slots, old, _taken(layer.keys, keys[i], old, new, fresh))
-            layer.keys[:, slots] = turned
-            layer.values[:, slots] = taken
+        places = Places(slots, moves.sources.to(self.device), moves.num_before)
+        move_rows([x for i in range(len(self.layers)) for x in self._moving(i, keys[i], values[i])], places)
         self._written[slots] = True
+
+    def _moving(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> list[Moving]:
+        """What moves in one layer; keys are turned from before any rotation where they are kept like that."""
+        spin, rows = self._spins[self.specs[layer]], self.layers[layer]
+        moved = [Moving(layer, rows.values, rows.values, values)]
+        if rows.raw is None:
+            return [*moved, Moving(layer, rows.keys, rows.keys, keys, spin, is_turned=True)]
+        return [
+            *moved,
+            Moving(layer, rows.keys, rows.raw, keys, spin),
+            Moving(layer, rows.raw, rows.raw, keys),
+        ]
 
     def _grow(self, needed: int, capacity: int) -> None:
         if needed <= self.num_slots:
@@ -281,33 +276,16 @@ def journal_of(images: Sequence[Sequence[torch.Tensor]], rows: MemoryRows) -> Jo
     return Journal(found)
 
 
-def _turn(spec: LayerSpec, positions: torch.Tensor) -> Turn | None:
-    return None if spec.rotation is None else spec.rotation.turn(positions)
+def _spin(spec: LayerSpec) -> Spin | None:
+    if spec.rotation is None:
+        return None
+    rotation = spec.rotation
+    exact = torch.tensor(rotation.frequencies, dtype=torch.float32).tolist()  # as `Rotation.turn` has them
+    signed = tuple(rotation.sign * frequency for frequency in exact)
+    return Spin(signed, rotation.start, rotation.layout == "interleaved")
 
 
 def _longer(rows: torch.Tensor, size: int) -> torch.Tensor:
     found = rows.new_zeros((rows.shape[0], size, rows.shape[2]))
     found[:, : rows.shape[1]] = rows
     return found
-
-
-def _taken(
-    held: torch.Tensor,
-    stride: torch.Tensor,
-    old: torch.Tensor | None,
-    new: torch.Tensor,
-    fresh: torch.Tensor,
-) -> torch.Tensor:
-    """[K, m, D]: rows of the stride where `fresh`, else those held; a copy."""
-    taken = stride.gather(1, new[..., None].expand(-1, -1, stride.shape[2]))
-    if old is None:
-        return taken
-    moved = held.gather(1, old[..., None].expand(-1, -1, held.shape[2]))
-    return torch.where(fresh[..., None], taken, moved)
-
-
-def _turned(spec: LayerSpec, slots: torch.Tensor, old: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """[K, m, D]: keys turned from where each lies rotated (the stride's not at all: 0) to the slots."""
-    heads, num, dim = keys.shape
-    turn = _turn(spec, (slots[None] - old).reshape(-1))
-    return rotate(keys.reshape(1, 1, heads * num, dim), turn).reshape(heads, num, dim)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kvrag.attention import Layout, turn_of
+from kvrag.attention import Layout
 from kvrag.backbone import AttentionCall
 from kvrag.fresh import FreshRows
-from kvrag.memory.base import Reduction, Run, Seen, Watching
+from kvrag.memory.base import Run, Seen, Watching
 from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable
-from kvrag_kernels import column_scores
+from kvrag_kernels import Scoring, Turn, column_scores, reduce_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class _Noted:
     row: int
     key: torch.Tensor
     query: torch.Tensor | None
-    mass: torch.Tensor | None
+    lse: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Form:
 
 
 class Watch:
-    """Keeps keys as they are before any rotation and, where a policy scores, queries and masses.
+    """Keeps keys as they are before any rotation and, where a policy scores, queries and log-sum-exps.
 
     A stride may be read in several passes (pieces of a prompt, tokens of an answer); as long as nothing is
     inserted into the memory in between, `seen` is what one pass over all of it would have given.
@@ -52,7 +52,7 @@ class Watch:
         self._noted: list[list[_Noted]] = [[] for _ in specs]
         self._forms: dict[int, _Form] = {}
 
-    def note(self, layer: int, row: int, call: AttentionCall, mass: torch.Tensor) -> None:
+    def note(self, layer: int, row: int, call: AttentionCall, lse: torch.Tensor) -> None:
         """See `kvrag.attention.Watches`."""
         noted = self._noted[layer]
         while noted and noted[-1].row >= row:
@@ -64,7 +64,7 @@ class Watch:
             return
         factor = self._specs[layer].score_factor(call.query.dtype)
         self._forms[layer] = _Form(call.scale * factor, call.softcap)
-        noted.append(_Noted(row, key, call.query.clone(), mass[:, 0].clone()))
+        noted.append(_Noted(row, key, call.query.clone(), lse.clone()))
 
     def cut(self, num_rows: int) -> None:
         """Forget what came behind the first rows."""
@@ -93,9 +93,9 @@ class Watch:
         if self._watching is None:
             return None
         positions = torch.tensor(fresh.positions, device=self._noted[0][0].key.device)
-        weights = _weights(len(positions), self._watching.beta, positions.device)
+        scoring = Scoring(self._watching.weights(len(positions)).to(positions.device))
         runs = [run for run in memory if run.length]
-        scored = _Scored(table, runs, capacity, positions, weights, fresh)
+        scored = _Scored(table, runs, capacity, positions, scoring, fresh)
         layers = [self._layer(layer, spec, scored, self._watching) for layer, spec in enumerate(self._specs)]
         return Seen(torch.stack([x for x, _ in layers]), torch.stack([x for _, x in layers]))
 
@@ -105,30 +105,29 @@ class Watch:
         """[K or 1, capacity] and [K or 1, q] of one layer."""
         noted, form = self._noted[layer], self._forms[layer]
         query = torch.cat([x.query for x in noted if x.query is not None], dim=2)
-        mass = torch.cat([x.mass for x in noted if x.mass is not None], dim=2)
-        num_kv_heads = noted[0].key.shape[0]
-        slots = query.new_zeros((query.shape[1], scored.capacity), dtype=torch.float32)
+        lse = torch.cat([x.lse for x in noted if x.lse is not None], dim=2)
         layout = scored.layout(spec)
         rows = layout.rows([s.kv.layers[layer] for s in scored.table], scored.fresh.rows(layer))
         first = len(rows) - 1 - len(scored.runs)
-        own = torch.zeros(0)
-        for i, part in enumerate(rows[first:], start=first):
-            found = column_scores(
-                query,
-                part,
-                layout.turn and turn_of(layout.turn, i),
-                mass[i, None],
-                scored.weights,
-                scale=form.scale,
-                softcap=form.softcap,
-            )
-            if i == len(rows) - 1:
-                own = found
-            else:  # leading rows that a window has left behind are not among the columns
-                end = scored.runs[i - first].slot + scored.runs[i - first].length
-                slots[:, end - found.shape[1] : end] = found
-        groups = 1 if watching.homogeneous else num_kv_heads
-        return _reduced(slots, groups, watching.reduction), _reduced(own, groups, watching.reduction)
+        found = column_scores(
+            query,
+            rows[first:],
+            layout.turn and _turn_from(layout.turn, first),
+            lse,
+            scored.scoring,
+            scale=form.scale,
+            softcap=form.softcap,
+        )
+        reduced = reduce_heads(
+            found, 1 if watching.homogeneous else noted[0].key.shape[0], watching.reduction
+        )
+        *parts, own = reduced.split([part.keys.shape[2] for part in rows[first:]], dim=1)
+        slots = reduced.new_zeros((len(reduced), scored.capacity))
+        for run, part in zip(scored.runs, parts, strict=True):
+            # leading rows that a window has left behind are not among the columns
+            end = run.slot + run.length
+            slots[:, end - part.shape[1] : end] = part
+        return slots, own
 
 
 class _Scored:
@@ -140,11 +139,11 @@ class _Scored:
         runs: Sequence[Run],
         capacity: int,
         positions: torch.Tensor,
-        weights: torch.Tensor,
+        scoring: Scoring,
         fresh: FreshRows,
     ) -> None:
         self.table, self.runs, self.capacity = table, runs, capacity
-        self.positions, self.weights, self.fresh = positions, weights, fresh
+        self.positions, self.scoring, self.fresh = positions, scoring, fresh
         self._layouts: dict[LayerSpec, Layout] = {}
 
     def layout(self, spec: LayerSpec) -> Layout:
@@ -156,21 +155,10 @@ class _Scored:
 
 def _head(noted: _Noted, num_rows: int) -> _Noted:
     query = None if noted.query is None else noted.query[:, :, :num_rows]
-    mass = None if noted.mass is None else noted.mass[..., :num_rows]
-    return _Noted(noted.row, noted.key[:, :num_rows], query, mass)
+    lse = None if noted.lse is None else noted.lse[..., :num_rows]
+    return _Noted(noted.row, noted.key[:, :num_rows], query, lse)
 
 
-def _weights(num_rows: int, beta: float, device: torch.device) -> torch.Tensor:
-    """[q], float32: (1 - beta) beta^(q-1-j), computed in float64 because beta is close to one."""
-    back = torch.arange(num_rows - 1, -1, -1, dtype=torch.float64)
-    return ((1 - beta) * beta**back).float().to(device)
-
-
-def _reduced(scores: torch.Tensor, groups: int, reduction: Reduction) -> torch.Tensor:
-    """[groups, n]: [H, n] over the heads of each group; of an even number, the lower one is the median."""
-    grouped = scores.reshape(groups, -1, scores.shape[1])
-    if reduction == "mean":
-        return grouped.mean(1)
-    if reduction == "max":
-        return grouped.amax(1)
-    return grouped.median(1).values
+def _turn_from(turn: Turn, first: int) -> Turn:
+    """The turns for the segments from `first` on."""
+    return Turn(turn.cos[first:], turn.sin[first:], turn.start, turn.interleaved)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvrag.memory.base import Moves, Run
 from kvrag.memory.rows import MemoryRows, images_of, journal_of
 from kvrag.rotary import LayerSpec, Rotation, rotate
+from kvrag_kernels import using
 
 ROTATION = Rotation((1.0, 0.3, 0.01, 0.002))
 SPECS = (LayerSpec(ROTATION), LayerSpec(None), LayerSpec(ROTATION, window=3))
@@ -81,6 +82,26 @@ def test_moves_do_what_they_say(made: list[tuple[int, Moves]], dtype: torch.dtyp
         lists.apply(moves, keys, values)
     check(rows, lists, 1e-5 if dtype == torch.float32 else 0.0)
     assert rows.num_slots <= 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_move_the_same_rows(dtype: torch.dtype) -> None:
+    plain, moved, lists = rows_of(dtype), rows_of(dtype), Lists()
+    for slots, sources in (
+        ([0, 1, 2, 3], [12, 13, 14, 15]),
+        ([3, 0, 4], [0, 3, 12]),
+        ([1, 2, 5], [2, 1, 13]),
+    ):
+        moves = Moves(torch.tensor(slots), torch.tensor(sources).expand(3, 1, -1), 12)
+        keys, values = fresh(4, dtype)
+        plain.apply(moves, keys, values, capacity=12)
+        with using("triton"):
+            moved.apply(moves, keys, values, capacity=12)
+        lists.apply(moves, keys, values)
+    check(moved, lists, 1e-5 if dtype == torch.float32 else 0.02)
+    for mine, theirs in zip(moved.layers, plain.layers, strict=True):
+        assert torch.equal(mine.values[:, :6], theirs.values[:, :6])
+        torch.testing.assert_close(mine.keys[:, :6], theirs.keys[:, :6], atol=1e-5, rtol=0.01)
 
 
 @given(strides(), st.integers(0, 7), st.integers(0, 7))

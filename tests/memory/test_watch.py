@@ -18,6 +18,7 @@ from kvrag.prefill import read
 from kvrag.rotary import rotate
 from kvrag.testing.models import tiny
 from kvrag.testing.rings import Ring, RingState, memory_reader
+from kvrag_kernels import using
 
 TEXT = tuple(int(x) for x in torch.randint(6, 300, (70,), generator=torch.Generator().manual_seed(5)))
 FAMILIES = ["llama", "mistral-window", "gemma2", "smollm3", "gpt_oss", "glm4", "llama-yarn", "deepseek_v3"]
@@ -35,7 +36,7 @@ class Everything:
         self.model = found
         self.calls: dict[int, AttentionCall] = {}
 
-    def note(self, layer: int, row: int, call: AttentionCall, mass: torch.Tensor) -> None:
+    def note(self, layer: int, row: int, call: AttentionCall, lse: torch.Tensor) -> None:
         self.calls[layer] = call
 
 
@@ -161,6 +162,29 @@ def test_all_that_is_seen_sums_to_what_the_weights_do() -> None:
         seen = told(reader)
         total = seen.slots.sum(-1) + seen.fresh.sum(-1)
         torch.testing.assert_close(total, torch.full_like(total, 1 - beta**num), atol=1e-5, rtol=1e-5)
+
+
+def test_without_decay_attention_is_summed_up() -> None:
+    found = model()
+    reader = memory_reader(found, Ring(30, 3, Watching(1.0, "mean", True)), stride=11)
+    reader.read(TEXT[:33])
+    reader.insert()
+    seen = told(reader)
+    total = seen.slots.sum(-1) + seen.fresh.sum(-1)
+    torch.testing.assert_close(total, torch.full_like(total, 11.0), atol=1e-4, rtol=1e-5)
+
+
+def test_kernels_see_what_plain_operators_see() -> None:
+    found, told_by = model(), {}
+    for name in ("cpu", "reference", "triton"):
+        with using(name):  # type: ignore[arg-type]
+            reader = memory_reader(found, Ring(30, 3, Watching(0.9)), stride=11)
+            reader.read(TEXT[:44])
+            reader.insert()
+            told_by[name] = told(reader)
+    for name in ("reference", "triton"):
+        torch.testing.assert_close(told_by[name].slots, told_by["cpu"].slots, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(told_by[name].fresh, told_by["cpu"].fresh, atol=1e-5, rtol=1e-4)
 
 
 def test_a_pass_that_failed_and_is_read_again_counts_once() -> None:

@@ -12,11 +12,11 @@ import torch
 
 from kvrag_kernels._backend import backend
 from kvrag_kernels.segment_attention import cpu
-from kvrag_kernels.segment_attention.columns import column_mass, column_scores, part_mass
+from kvrag_kernels.segment_attention.columns import column_mass, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows, num_kv_heads, plain
 from kvrag_kernels.segment_attention.parted import parted_attention
-from kvrag_kernels.segment_attention.reference import column_scores_reference, segment_attention_reference
+from kvrag_kernels.segment_attention.reference import segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
 from kvrag_kernels.segment_attention.table import is_supported
 from kvrag_kernels.segment_attention.types import Attended, Group, RowMask, Rows, Turn
@@ -31,8 +31,6 @@ __all__ = [
     "Rows",
     "Turn",
     "column_mass",
-    "column_scores",
-    "column_scores_reference",
     "is_supported",
     "part_mass",
     "parted_attention",
@@ -55,6 +53,7 @@ def segment_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     group: Group | None = None,
+    with_lse: bool = False,
 ) -> Attended:
     """Attention of fresh rows to segments, as if all segments were one sequence at their places.
 
@@ -67,9 +66,11 @@ def segment_attention(
         softcap: scores are squeezed to softcap * tanh(score / softcap) before the mask.
         sinks: [H], extra scores that take attention and give nothing (gpt-oss).
         group: how the segments with `in_group` are read, after the soft cap; None: like all others.
+        with_lse: the log-sum-exp of each row is wanted, too.
 
     Returns:
-        Output [B, H, T, Dv] and each segment's attention mass [S, B, H, T] in float32.
+        Output [B, H, T, Dv] and each segment's attention mass [S, B, H, T] in float32; where it is wanted,
+        the log-sum-exp [B, H, T].
 
     Raises:
         ValueError: no segments, or head counts that do not divide.
@@ -79,7 +80,7 @@ def segment_attention(
     """
     _check(query, segments)
     chosen = backend(query.device)
-    if chosen == "triton" and _is_for_triton(query, segments, turn, softcap, sinks):
+    if chosen == "triton" and _is_for_triton(query, segments, turn, softcap, sinks, with_lse):
         from kvrag_kernels.segment_attention.launch import StaticAttention  # noqa: PLC0415 - triton is an extra
 
         run = StaticAttention(
@@ -88,8 +89,10 @@ def segment_attention(
         return run(query)
     rows = [plain(segment, query.dtype) for segment in segments]
     if chosen != "reference" and cpu.is_supported(query, rows, softcap):
-        return segment_attention_cpu(query, rows, turn, scale=scale, sinks=sinks, group=group)
-    if chosen != "reference" and is_single(rows, softcap, sinks):
+        return segment_attention_cpu(
+            query, rows, turn, scale=scale, sinks=sinks, group=group, with_lse=with_lse
+        )
+    if chosen != "reference" and not with_lse and is_single(rows, softcap, sinks):
         return segment_attention_single(query, rows, turn, scale=scale, group=group)
     return segment_attention_reference(
         query, rows, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
@@ -105,6 +108,7 @@ def segment_attention_many(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     group: Group | None = None,
+    with_lse: bool = False,
 ) -> list[Attended]:
     """Attention of several requests, each to segments of its own: with Triton in one launch.
 
@@ -116,6 +120,7 @@ def segment_attention_many(
         softcap: see `segment_attention`.
         sinks: see `segment_attention`.
         group: see `segment_attention`.
+        with_lse: see `segment_attention`.
 
     Returns:
         For each request what `segment_attention` returns for it alone, with B = 1.
@@ -139,7 +144,14 @@ def segment_attention_many(
         return attend_many(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
     return [
         segment_attention(
-            query[i : i + 1], segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group
+            query[i : i + 1],
+            segments,
+            turn,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            group=group,
+            with_lse=with_lse,
         )
         for i, (segments, turn) in enumerate(zip(tables, turns, strict=True))
     ]
@@ -159,8 +171,10 @@ def _is_for_triton(
     turn: Turn | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    with_lse: bool,
 ) -> bool:
     """Whether our kernel does it; many rows over one plain run are PyTorch's own operator's strength."""
-    if query.shape[2] > _SHORT and isinstance(segments[0], Rows) and is_single(segments, softcap, sinks):
+    is_long = query.shape[2] > _SHORT and not with_lse
+    if is_long and isinstance(segments[0], Rows) and is_single(segments, softcap, sinks):
         return False
     return is_supported(query, [segments], turn)

@@ -52,46 +52,6 @@ def column_mass(
     return total.div_(query.shape[1] * (query.shape[2] - from_row))
 
 
-def column_scores(
-    query: torch.Tensor,
-    rows: Rows,
-    turn: Turn | None,
-    mass: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Weighted sums over query rows of the attention to each column of one segment, for every query head.
-
-    With weights (1 - beta) beta^(T-1-j) this is what an exponential moving average of the attention gains by
-    T queries (Cascading KV Cache, arXiv:2406.17808). Exact: a second pass over the keys, normalised by the
-    masses of the first; query rows are taken in blocks, so that memory does not grow with their number.
-
-    Args:
-        query: [1, H, T, D], not rotated.
-        rows: the segment; a causal one is what the query rows themselves are.
-        turn: of this segment, with S = 1, or None.
-        mass: [1, H, T], float32: the segment's share as `Attended.mass` has it.
-        weights: [T], float32, of the query rows.
-        scale: factor on the scores.
-        softcap: soft cap of the scores.
-
-    Returns:
-        [H, n], float32; columns that no row sees have zeros.
-
-    Raises:
-        ValueError: a batch, or not one weight for each query row.
-    """
-    if weights.shape != (query.shape[2],):
-        raise ValueError(f"{query.shape[2]} query rows have weights of shape {tuple(weights.shape)}")
-    total = torch.zeros(query.shape[1], rows.keys.shape[2], dtype=torch.float32, device=query.device)
-    for start, probs in _probabilities(query, rows, turn, mass, scale, softcap, 1.0, 0):
-        part = weights[start : start + probs.shape[1]]
-        total += torch.matmul(part, probs)
-    return total
-
-
 def part_mass(
     query: torch.Tensor,
     rows: Rows,

@@ -91,6 +91,7 @@ def segment_attention_cpu(
     scale: float,
     sinks: torch.Tensor | None = None,
     group: Group | None = None,
+    with_lse: bool = False,
 ) -> Attended:
     """Attend segment by segment and merge; see `segment_attention` for the arguments."""
     batch, heads, num_rows, dim = query.shape
@@ -122,7 +123,9 @@ def segment_attention_cpu(
         lse[inside] += group_shift(lse[inside], group, 0)
     mass = _shares(lse, sinks, num_rows)
     return Attended(
-        _merge(outs, mass).to(query.dtype).view(query.shape), mass.view(-1, batch, heads, num_rows)
+        _merge(outs, mass).to(query.dtype).view(query.shape),
+        mass.view(-1, batch, heads, num_rows),
+        _whole(lse.view(-1, batch, heads, num_rows), sinks) if with_lse else None,
     )
 
 
@@ -132,6 +135,12 @@ def _shares(lse: torch.Tensor, sinks: torch.Tensor | None, num_rows: int) -> tor
         return torch.ones_like(lse) if len(lse) == 1 else lse.softmax(dim=0)
     sink = sinks.float().view(1, 1, lse.shape[2], -1, 1).expand(1, lse.shape[1], -1, -1, num_rows)
     return torch.cat((lse, sink.reshape(1, *lse.shape[1:]))).softmax(dim=0)[:-1]
+
+
+def _whole(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, T]: of all segments [S, B, H, T] and the attention sinks."""
+    total = lse.logsumexp(0)
+    return total if sinks is None else torch.logaddexp(total, sinks.float()[:, None])
 
 
 def _merge(outs: Sequence[torch.Tensor | None], mass: torch.Tensor) -> torch.Tensor:

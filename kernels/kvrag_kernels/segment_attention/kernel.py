@@ -237,13 +237,13 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    OUT, SPLIT, PIECES, TABLE, LENGTHS, SINKS, MERGED, MASS,
+    OUT, SPLIT, PIECES, TABLE, LENGTHS, SINKS, MERGED, MASS, LSE,
     num_segments, num_grouped, num_rows, kv_heads, splits, num_queries, group_power,
     G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, HAS_SINKS: tl.constexpr, GROUPED: tl.constexpr,
     SP: tl.constexpr, PP: tl.constexpr, PB: tl.constexpr, JB: tl.constexpr, RB: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """RB packed query rows: the splits' outputs by their weights, and every segment's mass."""
+    """RB packed query rows: the splits' outputs by their weights, every segment's mass, and the whole sum."""
     bk = tl.program_id(1)
     b, k = bk // kv_heads, bk % kv_heads
     row = tl.program_id(0) * RB + tl.arange(0, RB)
@@ -276,6 +276,8 @@ def merge_kernel(
     total = tl.sum(tl.exp2(scores - safe[None, :]), 0)
     if HAS_SINKS:
         total += tl.exp2(sink - safe)
+    place = (bk * num_rows).to(tl.int64) + row
+    tl.store(LSE + place, log_sum(safe, total) / LOG2_E, mask=known)
     total = tl.where(total > 0, total, 1.0)
 
     dv = tl.arange(0, DVP)
@@ -291,7 +293,6 @@ def merge_kernel(
         written = (weight > 0)[:, :, None] & (dv < DV)[None, None, :]
         part = tl.load(OUT + at[:, :, None] * DV + dv[None, None, :], mask=written, other=0.0)
         merged += tl.sum(part * weight[:, :, None], 0)
-    place = (bk * num_rows).to(tl.int64) + row
     tl.store(
         MERGED + place[:, None] * DV + dv[None, :],
         merged.to(MERGED.dtype.element_ty),

@@ -132,6 +132,7 @@ class StaticAttention:
             (batch, heads, num_rows, self._value_size), dtype=query.dtype, device=query.device
         )
         self.mass = _single((self.table.num_slots, batch, heads, num_rows), query.device)
+        self.lse = _single((batch, heads, num_rows), query.device)
 
     def __call__(self, query: torch.Tensor) -> Attended:
         """Attend.
@@ -140,7 +141,7 @@ class StaticAttention:
             query: [B, H, T, D], channels side by side.
 
         Returns:
-            The same two tensors every time, overwritten by the next run. Where a request has fewer segments
+            The same three tensors every time, overwritten by the next run. Where a request has fewer segments
             than another, nothing is written for those that it lacks.
         """
         if query.shape != self._shape:
@@ -148,7 +149,7 @@ class StaticAttention:
         with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
             self._attend(query)
             self._merge(query)
-        return Attended(self.out, self.mass)
+        return Attended(self.out, self.mass, self.lse)
 
     def _attend(self, query: torch.Tensor) -> None:
         batch, heads, num_rows, dim = query.shape
@@ -224,6 +225,7 @@ class StaticAttention:
             self._sinks if self._sinks is not None else self._split,
             self.out,
             self.mass,
+            self.lse,
             self._places,
             self.table.num_grouped,
             groups * num_rows,
@@ -258,9 +260,9 @@ def attend_many(
 ) -> list[Attended]:
     """Several requests in one launch; see `segment_attention_many`."""
     run = StaticAttention(query, tables, turns, scale=scale, softcap=softcap, sinks=sinks, group=group)
-    found = run(query)
+    run(query)
     return [
-        Attended(found.out[i : i + 1], found.mass[: len(segments), i : i + 1])
+        Attended(run.out[i : i + 1], run.mass[: len(segments), i : i + 1], run.lse[i : i + 1])
         for i, segments in enumerate(tables)
     ]
 

@@ -67,29 +67,14 @@ def segment_attention_reference(
     group: Group | None = None,
 ) -> Attended:
     """Attend to all segments as to one sequence; see `segment_attention` for the arguments."""
-    parts = _shares(query, segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group)
+    parts, lse = _shares(query, segments, turn, scale=scale, softcap=softcap, sinks=sinks, group=group)
     groups = query.shape[1] // segments[0].keys.shape[1]
     values = [
         rows.values.repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1) for rows in segments
     ]
     mass = torch.stack([part.sum(-1) for part in parts])
     probs = torch.cat(parts, dim=-1).to(query.dtype)
-    return Attended(torch.matmul(probs, torch.cat(values, dim=-2)), mass)
-
-
-def column_scores_reference(
-    query: torch.Tensor,
-    segments: Sequence[Rows],
-    turn: Turn | None,
-    weights: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
-    """The definition of `column_scores`, for all segments at once: [H, n] of each, from all probabilities."""
-    parts = _shares(query, segments, turn, scale=scale, softcap=softcap, sinks=sinks)
-    return [(part * weights[:, None]).sum(dim=(0, 2)) for part in parts]
+    return Attended(torch.matmul(probs, torch.cat(values, dim=-2)), mass, lse)
 
 
 def _shares(
@@ -101,8 +86,8 @@ def _shares(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     group: Group | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """[B, H, T, n] for each segment, float32: one softmax over everything."""
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """[B, H, T, n] for each segment, float32: one softmax over everything; and its log-sum-exp [B, H, T]."""
     num_rows, groups = query.shape[2], query.shape[1] // segments[0].keys.shape[1]
     group = acting(group, segments)
     turned = turn_query(query, turn, len(segments))
@@ -119,6 +104,7 @@ def _shares(
         scores = _shifted(scores, segments, group)
     if sinks is not None:
         scores.append(sinks.float().reshape(1, -1, 1, 1).expand(*query.shape[:3], 1))
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+    everything = torch.cat(scores, dim=-1)
+    weights = everything.softmax(dim=-1)
     parts: tuple[torch.Tensor, ...] = weights.split([s.shape[-1] for s in scores], dim=-1)
-    return parts[: len(segments)]
+    return parts[: len(segments)], everything.logsumexp(-1)

@@ -99,7 +99,11 @@ class Attended:
         out: [B, H, T, Dv], dtype of the query.
         mass: [S, B, H, T], float32: the share of each query row's attention that each segment got
             (they sum to one together with the attention sinks' share, if there are any).
+        lse: [B, H, T], float32: log of the sum of all exponentiated scores, attention sinks' included and
+            the group's as it weighs; minus infinity for query rows that see nothing. None where it was not
+            asked for and does not come by itself.
     """
 
     out: torch.Tensor
     mass: torch.Tensor
+    lse: torch.Tensor | None = None

@@ -83,7 +83,7 @@ class Strided:
     @property
     def attended(self) -> Attended:
         """As `segment_attention` returns it."""
-        return Attended(self.out, self.mass)
+        return Attended(self.out, self.mass, self.lse)
 
 
 def ema_weights(num_rows: int, beta: float, *, device: torch.device | str = "cpu") -> torch.Tensor:
