@@ -15,7 +15,6 @@ import torch
 from kvrag.focus.policy import PLAIN, Policy, cachefocus, epic, pcw
 from kvrag.focus.pruning import AttentionScore, Pruning
 from kvrag.focus.repair import Deviation, QueryDriven
-from kvrag.fresh import FreshRows
 from kvrag.looking import Look, looking
 from kvrag.model import Model
 from kvrag.prefill import alone, read_first
@@ -96,8 +95,7 @@ def test_a_look_among_others_is_the_one_alone(looks: dict[str, tuple[Look, Look]
     assert shared.recomputed == own.recomputed
     assert shared.fresh.positions == own.fresh.positions
     for layer in range(5):
-        torch.testing.assert_close(shared.fresh.keys(layer), own.fresh.keys(layer), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(shared.fresh.values(layer), own.fresh.values(layer), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shared.fresh.rows(layer), own.fresh.rows(layer), rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_policy_twice_is_the_same_to_the_bit(looks: dict[str, tuple[Look, Look]]) -> None:
@@ -183,19 +181,10 @@ def test_rows_up_to_a_layer_are_not_attended_in(bench: Any, opened: Any) -> None
     composed = opened.arrangement(opened.context.asked[0].question.text).composed()
     given = (model, Fixed(composed.table), composed.tokens, composed.positions)
     rows, whole = (read_first(*given, num_layers=2, rows_alone=alone_) for alone_ in (True, False))
-    assert torch.equal(rows.fresh.values(1), whole.fresh.values(1))
-    assert torch.equal(rows.fresh.keys(1), whole.fresh.keys(1))
+    assert all(map(torch.equal, rows.fresh.rows(1), whole.fresh.rows(1)))
     assert (len(rows.mass), len(whole.mass)) == (1, 2)
     with pytest.raises(ValueError, match="nothing was read in layer 2"):
         rows.fresh.values(2)
-
-
-def test_fresh_rows_give_their_keys() -> None:
-    fresh = FreshRows(1)
-    keys, values = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    fresh.append(0, keys, values)
-    assert torch.equal(fresh.keys(0), keys[0])
-    assert torch.equal(fresh.values(0), values[0])
 
 
 def test_of_two_answers_the_timed_one_stays(parts: dict[str, ModuleType], tmp_path: Path) -> None:
