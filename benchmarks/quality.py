@@ -9,6 +9,7 @@ records into an archive, with which a new folder begins.
     python benchmarks/quality.py --seed 1               # in a second process, into the same folder
     python benchmarks/quality.py --rest-every 9         # all but the core of the comparison less often
     python benchmarks/quality.py --documents 110 --kinds one   # eight windows of one-document questions
+    python benchmarks/quality.py --policies "naive" "PCW"      # these alone
     python benchmarks/quality.py --seed 2 --timed       # alone on a quiet machine: its times are reported
     python benchmarks/quality.py --report               # sum up what is there, and ask nothing
     python benchmarks/quality.py --smoke                # seconds, for continuous integration; writes nothing
@@ -56,6 +57,14 @@ def due(policies: Sequence[Entry], turn: int, num: int, rest_every: int) -> list
     return able if turn % rest_every == 0 else [entry for entry in able if is_core(entry, num)]
 
 
+def named(policies: Sequence[Entry], names: Sequence[str] | None) -> list[Entry]:
+    """Those with these names; None: all."""
+    known = {entry.name: entry for entry in policies}
+    if missing := [name for name in names or () if name not in known]:
+        sys.exit(f"no policy is called {', '.join(missing)}; there are: {', '.join(known)}")
+    return list(policies) if names is None else [known[name] for name in names]
+
+
 def turns(
     args: argparse.Namespace, folder: Folder, policies: Sequence[Entry]
 ) -> Iterator[tuple[int, int, dict[str, list[Entry]]]]:
@@ -80,22 +89,36 @@ def turns(
 
 
 def asked(
-    bench: Bench, policies: dict[str, list[Entry]], seed: int, turn: int, num: int, *, timed: bool = False
+    bench: Bench,
+    policies: dict[str, list[Entry]],
+    seed: int,
+    turn: int,
+    num: int,
+    *,
+    timed: bool = False,
+    told: dict[str, Any] | None = None,
 ) -> list[Record]:
-    """One question of each kind, in the ways given for it."""
+    """One question of each kind, in the ways given for it; `told` has earlier runs' answers by kind."""
     found = []
     for context in draw(seed, num, turn):  # always the same, whatever of it is left to ask
-        wanted = [question for question in context.asked if question.question.kind in policies]
+        wanted = [(q, policies[q.question.kind]) for q in context.asked if q.question.kind in policies]
         if not wanted:
             continue
-        opened = bench.open(context)
-        for question in wanted:
-            start = time.process_time()
-            record = opened.ask(question, policies[question.question.kind], seed=turn * 1000 + num)
-            took = round(time.process_time() - start, 3)
-            made = {"seed": seed, "turn": turn, **record, "cpu_seconds": took}
-            found.append(made | {"timed": True} if timed else made)
+        start = time.process_time()
+        records = bench.open(context).ask(wanted, seed=turn * 1000 + num, timed=timed, told=told)
+        took = round((time.process_time() - start) / len(records), 3)
+        made = {"seed": seed, "turn": turn}, {"cpu_seconds": took} | ({"timed": True} if timed else {})
+        found += [made[0] | record | made[1] for record in records]
     return found
+
+
+def check_alike(some: Sequence[Record], others: Sequence[Record]) -> None:
+    """Stop if policies that were read together answer otherwise than each on its own."""
+    for one, other in zip(some, others, strict=True):
+        for name, answer in one["answers"].items():
+            told = other["answers"][name]
+            if (answer[:2], answer[3]) != (told[:2], told[3]):
+                sys.exit(f"{name}, {one['kind']}: read together {answer}, alone {told}")
 
 
 def conditions(
@@ -168,6 +191,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="only these")
     parser.add_argument("--minutes", type=float, help="stop when the next turn would not fit")
     parser.add_argument("--families", nargs="+", help="only these families of policies, and re-positioning")
+    parser.add_argument("--policies", nargs="+", metavar="NAME", help="only these, named as in the tables")
     parser.add_argument(
         "--rest-every",
         type=int,
@@ -185,7 +209,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--timed",
         action="store_true",
-        help="nothing else runs on this machine: where such records exist, times are theirs alone",
+        help="nothing else runs on this machine: every policy is read on its own, and times are written down",
     )
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "quality", help="folder of raw records")
     parser.add_argument("--window", type=int, default=2304, help="positions the model was trained for")
@@ -236,10 +260,18 @@ def _run(args: argparse.Namespace) -> None:
     scores = chosen(kept["calibration"], model.num_layers, args.score_layers)
     families = {"placement", *args.families} if args.families else None
     policies = [e for e in entries(scores, args.window) if families is None or e.family in families]
+    asking = named(policies, args.policies)
     if not args.report:
-        for turn, num, wanted in turns(args, folder, policies):
+        known = {key_of(record): record["answers"] for record in folder.records()}
+        for turn, num, wanted in turns(args, folder, asking):
             bench.longest = 0 if num >= MANY and turn % args.full_every else args.longest
-            folder.add(args.seed, asked(bench, wanted, args.seed, turn, num, timed=args.timed))
+            told = {kind: known.get((args.seed, turn, num, kind), {}) for kind in wanted}
+            found = asked(bench, wanted, args.seed, turn, num, timed=args.timed, told=told)
+            if args.smoke:
+                alone = asked(bench, wanted, args.seed, turn, num, timed=True)
+                check_alike(found, alone)
+                found = alone
+            folder.add(args.seed, found)
     records = folder.records()
     if not records:
         sys.exit(f"{args.run} has no records; run without --report")

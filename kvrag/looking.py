@@ -256,7 +256,12 @@ def deviations(model: Model, arrangement: Arrangement, layer: int) -> dict[int, 
     composed = everything.composed()
     num = composed.question
     first = read_first(
-        model, Fixed(composed.table), composed.tokens[:num], composed.positions[:num], num_layers=layer + 1
+        model,
+        Fixed(composed.table),
+        composed.tokens[:num],
+        composed.positions[:num],
+        num_layers=layer + 1,
+        rows_alone=True,
     )
     values = first.fresh.values(layer)
     found = {}

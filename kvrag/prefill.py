@@ -392,6 +392,23 @@ class _First:
         self.tables.note(layer, mass, focus)
 
 
+class _UpTo(FreshRows):
+    """Rows of the layers up to one, which nobody attends in."""
+
+    def __init__(self, num_layers: int, last: int) -> None:
+        super().__init__(num_layers)
+        self._last = last
+
+    def append(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's rows are all that is wanted of it."""
+        rows = super().append(layer, keys, values)
+        if layer == self._last:
+            raise _Enough
+        return rows
+
+
 @dataclass(frozen=True, slots=True)
 class FirstLayers:
     """What reading tokens in the first layers gave.
@@ -416,6 +433,7 @@ def read_first(
     *,
     num_layers: int,
     looking: Looking | None = None,
+    rows_alone: bool = False,
 ) -> FirstLayers:
     """Read tokens in the first layers only; rows of deeper layers are not touched.
 
@@ -426,8 +444,10 @@ def read_first(
         positions: of the tokens.
         num_layers: how many, at least one.
         looking: see there.
+        rows_alone: of the last of them only the rows are wanted, not what they look at.
     """
-    first, fresh = _First(tables, num_layers), FreshRows(model.num_layers)
+    first = _First(tables, num_layers)
+    fresh = _UpTo(model.num_layers, num_layers - 1) if rows_alone else FreshRows(model.num_layers)
     with suppress(_Enough):
         read(model, first, tokens, positions, fresh, looking=looking)
     return FirstLayers(fresh, first.mass, first.focus)

@@ -277,10 +277,12 @@ def test_the_page_survives_json(bench: dict[str, ModuleType]) -> None:
 def test_times_are_those_of_quiet_runs_where_there_are_some(bench: dict[str, ModuleType]) -> None:
     summary, full = bench["summary"], bench["policies"].FULL
 
-    def medians(*milliseconds: float, timed: tuple[float, ...] = ()) -> list[float]:
+    def medians(*milliseconds: float | None, timed: tuple[float | None, ...] = ()) -> list[float]:
         records = [{"documents": 5, "answers": {full: [1, 1, ms, 0]}} for ms in milliseconds]
         records += [{"documents": 5, "answers": {full: [1, 1, ms, 0]}, "timed": True} for ms in timed]
         return [row[2] for row in summary._ttft(records, [full])]
 
     assert medians(900.0, 800.0) == [850.0]
     assert medians(900.0, 800.0, timed=(100.0,)) == [100.0]
+    assert medians(timed=(100.0, None, 300.0)) == [200.0]  # what was added off the clock has no time
+    assert medians(None, None) == []

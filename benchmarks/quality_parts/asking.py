@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 from quality_parts.contexts import Asked, Context, Form
 from quality_parts.policies import FULL, PLAIN, TRUNCATED, Entry, Hint
+from quality_parts.together import Every, Known, Sharing, together
 from transformers import DynamicCache
 
 from kvrag.answer import Answer
@@ -25,9 +26,9 @@ from kvrag.compose import Arrangement, compose
 from kvrag.config import Sampling
 from kvrag.embedding import HashedEmbedding
 from kvrag.focus.policy import Policy
-from kvrag.looking import Look, look
+from kvrag.looking import Look, looking
 from kvrag.model import Model
-from kvrag.prefill import Want, read
+from kvrag.prefill import Want, Work, alone
 from kvrag.query import Request, answer
 from kvrag.segments import KV
 from kvrag.store.memory import MemoryStore
@@ -45,18 +46,20 @@ class Result:
     Attributes:
         right: it is the right one, to the token.
         same: it is the one of full attention.
-        seconds: until the first token was chosen, documents' rows in memory.
+        seconds: until the first token was chosen, documents' rows in memory; None: others were answered in
+            the same passes.
         recomputed: rows of documents that were read again.
     """
 
     right: bool
     same: bool
-    seconds: float
+    seconds: float | None
     recomputed: int = 0
 
     def packed(self) -> list[Any]:
         """As it is written to the records."""
-        return [int(self.right), int(self.same), round(self.seconds * 1e3, 2), self.recomputed]
+        time_ms = None if self.seconds is None else round(self.seconds * 1e3, 2)
+        return [int(self.right), int(self.same), time_ms, self.recomputed]
 
 
 class Stock:
@@ -119,7 +122,7 @@ class Bench:
 
     def __init__(self, model: Model, *, window: int, longest: int) -> None:
         self.model, self.window, self.longest = model, window, longest
-        self.form, self.stock = Form(model), Stock(model)
+        self.form, self.stock, self.sharing = Form(model), Stock(model), Sharing(model)
 
     def open(self, context: Context) -> Opened:
         """Encode a context's units once, and read it in full once."""
@@ -195,18 +198,57 @@ class Opened:
         room = self.bench.window - ROOM
         return next((n for n in reversed(borders[1:]) if self.num_tokens(question, n) <= room), 0)
 
-    def ask(self, asked: Asked, entries: Sequence[Entry], seed: int) -> dict[str, Any]:
-        """One question in every way; the record of it."""
+    def ask(
+        self,
+        questions: Sequence[tuple[Asked, Sequence[Entry]]],
+        seed: int,
+        *,
+        timed: bool = False,
+        told: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Questions in every way; a record of each.
+
+        Args:
+            questions: of this context, and the ways wanted.
+            seed: of the controls.
+            timed: every way is read on its own, on the clock; else all in the same passes.
+            told: by kind, what earlier runs wrote down.
+        """
+        told = {} if told is None else told
+        begun = [self._begin(asked, told.get(asked.question.kind, {}), timed=timed) for asked, _ in questions]
+        works: list[Work[Result]] = []
+        places = []
+        self.bench.sharing.known = Known()
+        for one, (_, entries) in zip(begun, questions, strict=True):
+            for entry in entries:
+                if len(self.context.documents) >= entry.least:
+                    works.append(self._work(one, entry, seed, timed=timed))
+                    places.append((one, entry.name))
+        model, sharing = self.bench.model, self.bench.sharing
+        found = [alone(model, work) for work in works] if timed else together(sharing, works)
+        sharing.known = Known()
+        for (one, name), result in zip(places, found, strict=True):
+            one.results[name] = result
+        return [one.written() for one in begun]
+
+    def _begin(self, asked: Asked, told: Mapping[str, Sequence[Any]], *, timed: bool) -> _Begun:
+        """What full attention says."""
         text, right = asked.question.text, self.bench.form.answer(asked.question.answer)
-        num, fitting = len(self.units), self.num_fitting(text)
-        tokens = self.num_tokens(text)
+        num, fitting, tokens = len(self.units), self.num_fitting(text), self.num_tokens(text)
         results: dict[str, Result] = {}
         greedy: tuple[int, ...] | None = None
-        if tokens <= self.bench.longest:
-            greedy, seconds = self.full(asked, num)
-            results[FULL] = Result(greedy == right, True, seconds)
-        short, seconds = self.full(asked, fitting) if fitting < num or greedy is None else (greedy, seconds)
-        results[TRUNCATED] = Result(short == right, short == greedy, seconds)
+        seconds = 0.0
+        # Of one question, all answers are compared with full attention or none.
+        if FULL in told if told else tokens <= self.bench.longest:
+            if told and told[FULL][0] and not timed:
+                greedy = right
+            else:
+                greedy, seconds = self.full(asked, num)
+                results[FULL] = Result(greedy == right, True, seconds if timed else None)
+        if TRUNCATED not in told or timed:
+            beyond = fitting < num or greedy is None
+            short, seconds = self.full(asked, fitting) if beyond else (greedy, seconds)
+            results[TRUNCATED] = Result(short == right, short == greedy, seconds if timed else None)
         record = {
             "kind": asked.question.kind,
             "documents": len(self.context.documents),
@@ -216,48 +258,40 @@ class Opened:
             "tokens": tokens,
             "fits": fitting == num,
         }
-        hint = Hint(tuple(float(i in asked.needed) for i in range(num)), seed)
-        arrangement = self.arrangement(text)
-        for entry in entries:
-            if len(self.context.documents) < entry.least:
-                continue
-            policy = entry.make(hint)
-            if entry.decoded:
-                results[entry.name] = self._decoded(asked, policy, right, greedy)
-                continue
-            prompt = self.arrangement(text, entry.behind) if entry.behind else arrangement
-            results[entry.name], looked = self._looked(prompt, policy, right, greedy)
-            if entry.name == PLAIN:
-                risk = looked.risk
-                record["risk"] = [round(r, 5) for r in (risk.entropy, risk.others, risk.doubt)]
-                record["best"] = self._best(looked, asked)
-        return record | {"answers": {name: result.packed() for name, result in results.items()}}
+        return _Begun(asked, right, greedy, record, results)
+
+    def _work(self, begun: _Begun, entry: Entry, seed: int, *, timed: bool) -> Work[Result]:
+        """One policy's answer."""
+        needed = begun.asked.needed
+        policy = entry.make(Hint(tuple(float(i in needed) for i in range(len(self.units))), seed))
+        if entry.decoded:
+            return self._decoded(begun, policy, timed=timed)
+        prompt = self.arrangement(begun.asked.question.text, entry.behind)
+        return self._looked(begun, prompt, policy, is_plain=entry.name == PLAIN, timed=timed)
 
     def _looked(
-        self,
-        arrangement: Arrangement,
-        policy: Policy,
-        right: Sequence[int],
-        greedy: Sequence[int] | None,
-    ) -> tuple[Result, Look]:
-        model, start = self.bench.model, time.perf_counter()
-        looked = look(model, arrangement, policy, max_new_tokens=ROOM)
+        self, begun: _Begun, arrangement: Arrangement, policy: Policy, *, is_plain: bool, timed: bool
+    ) -> Work[Result]:
+        model = self.bench.model if timed else self.bench.sharing
+        start = time.perf_counter()
+        looked = yield from looking(model, arrangement, policy, max_new_tokens=ROOM)
         first = int(looked.read.logits[-1].argmax())
-        seconds = time.perf_counter() - start
-        # Answers are tried on a copy of the fresh rows where two of them have to be.
-        spare = copy.deepcopy(looked.fresh) if greedy is not None and greedy != right else None
-        is_right = says(model, looked, policy, right, first)
-        is_same = is_right and greedy == right
-        if spare is not None and greedy is not None:
-            is_same = says(model, looked, policy, greedy, first, fresh=spare)
-        return Result(is_right, is_same, seconds, looked.recomputed), looked
+        seconds = time.perf_counter() - start if timed else None
+        if is_plain:
+            risk = looked.risk
+            begun.record["risk"] = [round(r, 5) for r in (risk.entropy, risk.others, risk.doubt)]
+            begun.record["best"] = self._best(looked, begun.asked)
+        said = yield from saying(looked, policy, begun.right, first)
+        is_right = said == begun.right
+        is_same = begun.greedy is not None and (
+            yield from _says(looked, policy, begun.greedy, first, known=said)
+        )
+        return Result(is_right, is_same, seconds, looked.recomputed)
 
-    def _decoded(
-        self, asked: Asked, policy: Policy, right: Sequence[int], greedy: Sequence[int] | None
-    ) -> Result:
-        form = self.bench.form
+    def _decoded(self, begun: _Begun, policy: Policy, *, timed: bool) -> Work[Result]:
+        form, right, greedy = self.bench.form, begun.right, begun.greedy
         request = Request(
-            form.prompt.render(self.texts, asked.question.text),
+            form.prompt.render(self.texts, begun.asked.question.text),
             {str(i): text for i, text in enumerate(self.texts)},
             form.prompt.prefix,
             form.prompt.is_rendered,
@@ -265,9 +299,9 @@ class Opened:
             policy,
             sources={str(i): source for i, source in enumerate(self.sources)},
         )
-        given = _finished(self.bench.model, answer(self.caches, request))
-        tokens = given.tokens
-        return Result(tokens == tuple(right), tokens == greedy, given.timing.prefill)
+        given = yield from _finished(answer(self.caches, request))
+        tokens, seconds = given.tokens, given.timing.prefill if timed else None
+        return Result(tokens == tuple(right), tokens == greedy, seconds)
 
     def _best(self, looked: Look, asked: Asked) -> list[list[int]]:
         """For each way of scoring, the layers whose best unit holds a fact, as 0 or 1."""
@@ -276,12 +310,27 @@ class Opened:
         ]
 
 
-@torch.inference_mode()
-def _finished(model: Model, work: Generator[Any, Any, Any]) -> Answer:
-    """What an answer's work comes to, every pass on its own."""
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A question, what full attention said, and the results so far."""
+
+    asked: Asked
+    right: tuple[int, ...]
+    greedy: tuple[int, ...] | None
+    record: dict[str, Any]
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def written(self) -> dict[str, Any]:
+        """The record."""
+        return self.record | {"answers": {name: result.packed() for name, result in self.results.items()}}
+
+
+def _finished(work: Generator[Any, Any, Any]) -> Work[Answer]:
+    """What an answer's work comes to."""
     event = next(work)
     while not isinstance(event, Answer):
-        event = work.send(event.read(model) if isinstance(event, Want) else None)
+        event = work.send((yield event) if isinstance(event, Want) else None)
+    work.close()
     return event
 
 
@@ -294,23 +343,37 @@ def unit_scores(looked: Look) -> torch.Tensor:
     return torch.stack(found)
 
 
-def says(
-    model: Model, looked: Look, policy: Policy, tokens: Sequence[int], first: int, *, fresh: Any = None
-) -> bool:
-    """Whether greedy decoding behind a look begins with these tokens; fills the fresh rows."""
-    if first != tokens[0]:
-        return False
-    if len(tokens) == 1:
-        return True
-    rows = looked.fresh if fresh is None else fresh
-    end = looked.composed.end
-    found = read(
-        model,
-        looked.tables.seen_from(rows.num_rows),
+def saying(looked: Look, policy: Policy, tokens: Sequence[int], first: int) -> Work[tuple[int, ...]]:
+    """What greedy decoding says behind a look, as far as it says these tokens, and the first that differs."""
+    if first != tokens[0] or len(tokens) == 1:
+        return (first,)
+    rows, end = looked.fresh, looked.composed.end
+    before = rows.num_rows
+    found = yield Every(
+        looked.tables.seen_from(before),
         tokens[:-1],
         range(end, end + len(tokens) - 1),
         rows,
-        looking=Looking(policy.group) if policy.group else None,
-        logits_to_keep=0,
+        Looking(policy.group) if policy.group else None,
     )
-    return found.logits.argmax(-1).tolist() == list(tokens[1:])
+    # Another answer may be tried behind the same rows.
+    rows.cut(before)
+    del rows.positions[before:]
+    return tuple(_agreed((first, *found.logits.argmax(-1).tolist()), tokens))
+
+
+def _agreed(said: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+    for guess, token in zip(said, tokens, strict=True):
+        yield guess
+        if guess != token:
+            return
+
+
+def _says(
+    looked: Look, policy: Policy, tokens: Sequence[int], first: int, *, known: Sequence[int]
+) -> Work[bool]:
+    """Whether greedy decoding begins with these tokens, if what is known of it does not tell."""
+    both = min(len(known), len(tokens))
+    if tuple(known[:both]) != tuple(tokens[:both]) or both == len(tokens):
+        return tuple(known[:both]) == tuple(tokens[:both])
+    return (yield from saying(looked, policy, tokens, first)) == tuple(tokens)

@@ -63,7 +63,7 @@ class Folder:
                     continue
                 first = found.setdefault(key_of(record), record)
                 if first is not record:
-                    first["answers"] = record["answers"] | first["answers"]
+                    first["answers"] = _joined(first["answers"], record["answers"])
                     first |= {name: value for name, value in record.items() if name not in first}
         return list(found.values())
 
@@ -95,6 +95,12 @@ class Folder:
         (self.path / "records-archive.jsonl").write_text(records)
         self.adopt(kept)
         return True
+
+
+def _joined(first: dict[str, list[Any]], others: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Answers of both; of two to the same, the first that was on the clock."""
+    timed = {name: answer for name, answer in others.items() if answer[2] is not None}
+    return others | first | {n: answer for n, answer in timed.items() if n in first and first[n][2] is None}
 
 
 def key_of(record: Record) -> Key:

@@ -206,8 +206,13 @@ def _risk(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
 def _ttft(records: Sequence[Record], policies: Sequence[str]) -> Iterable[Sequence[Any]]:
     records = [r for r in records if r.get("timed")] or records
     for (num,), some in _by(records, "documents").items():
-        full = [r["answers"][FULL][2] for r in some if FULL in r["answers"]]
+        full = _times(some, FULL)
         for policy in policies:
-            times = [r["answers"][policy][2] for r in some if policy in r["answers"]]
-            if times:
+            if times := _times(some, policy):
                 yield policy, num, median(times), median(times) / median(full) if full else None
+
+
+def _times(records: Iterable[Record], policy: str) -> list[float]:
+    """Milliseconds, where they were written down."""
+    answers = (r["answers"][policy] for r in records if policy in r["answers"])
+    return [answer[2] for answer in answers if answer[2] is not None]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrag_kernels import Attended, RowMask, Rows, Turn, segment_attention, segment_attention_reference
-from kvrag_kernels.segment_attention import Group, segment_attention_cpu
+from kvrag_kernels.segment_attention import Group, cpu, segment_attention_cpu
 
 FAR = 1_000_000
 APE = Group(temperature=0.5, scale=0.8)
@@ -385,3 +385,23 @@ def test_needs_heads_that_divide() -> None:
     rows = Rows(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
         segment_attention(torch.zeros(1, 3, 1, 8), [rows], None, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_turning_the_query_segment_by_segment_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    late = (Part(9, 0), Part(7, 9, first_row=3), Part(6, 16, first_row=5, hidden=0.4), Part(3, 22, 40))
+    inputs = inputs_of(Case(late, rows=8, dtype=dtype))
+    at_once, one_by_one = (
+        _turned_by(monkeypatch, inputs, border)
+        for border in (inputs.query.numel() * len(inputs.segments), inputs.query.numel())
+    )
+    assert torch.equal(at_once.out, one_by_one.out)
+    assert torch.equal(at_once.mass, one_by_one.mass)
+
+
+def _turned_by(monkeypatch: pytest.MonkeyPatch, inputs: Inputs, border: int) -> Attended:
+    """Attention that turns as many elements at once."""
+    monkeypatch.setattr(cpu, "_AT_ONCE", border)
+    return segment_attention_cpu(inputs.query, inputs.segments, inputs.turn, scale=0.25)

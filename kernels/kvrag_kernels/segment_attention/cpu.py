@@ -7,6 +7,7 @@ segment's rows are read where they lie (a mapped file, for example).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -16,6 +17,9 @@ from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOTHING = float("-inf")
+
+# Elements of all turned queries together that stay in the processor's own memory.
+_AT_ONCE = 1 << 18
 
 
 def is_supported(query: torch.Tensor, segments: Sequence[Rows], softcap: float | None) -> bool:
@@ -57,23 +61,16 @@ def _attend_causally(query: torch.Tensor, rows: Rows, scale: float) -> tuple[tor
     return flash(query, keys, values, None, True, scale)
 
 
-def _attend_late(query: torch.Tensor, rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query rows from `first_row` on, in memory of their own; earlier ones get nothing."""
-    batch, heads, num_rows, dim = query.shape
-    kv_heads, late = rows.keys.shape[1], num_rows - rows.first_row
-    part = query[:, :, rows.first_row :].reshape(batch, kv_heads, -1, dim)
-    mask = rows.mask.additive(heads // kv_heads, query.dtype) if rows.mask is not None else None
-    late_out, late_lse = flash(part, *_expanded(rows, batch), mask, False, scale)
-    late_lse = late_lse.reshape(batch, heads, late)
-    if (
-        rows.mask is not None and rows.mask.blind is not None
-    ):  # the operator reports 0 for rows that see nothing
-        late_lse = late_lse.masked_fill(rows.mask.blind, _NOTHING)
-    if not rows.first_row:
-        return late_out, late_lse
-    out, lse = query.new_zeros(query.shape), query.new_full(query.shape[:3], _NOTHING, dtype=torch.float32)
-    out[:, :, rows.first_row :] = late_out.reshape(batch, heads, late, dim)
-    lse[:, :, rows.first_row :] = late_lse
+def _attend_late(late: torch.Tensor, rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query rows from `first_row` on, [B, H, t, D]; the earlier ones see nothing and are not there."""
+    batch, heads, num_rows, dim = late.shape
+    kv_heads = rows.keys.shape[1]
+    mask = rows.mask.additive(heads // kv_heads, late.dtype) if rows.mask is not None else None
+    packed = late.reshape(batch, kv_heads, -1, dim)
+    out, lse = flash(packed, *_expanded(rows, batch), mask, False, scale)
+    if rows.mask is not None and rows.mask.blind is not None:
+        # the operator reports 0 for rows that see nothing
+        lse = lse.reshape(batch, heads, num_rows).masked_fill(rows.mask.blind, _NOTHING)
     return out, lse
 
 
@@ -97,36 +94,57 @@ def segment_attention_cpu(
     batch, heads, num_rows, dim = query.shape
     kv_heads = segments[0].keys.shape[1]
     group = acting(group, segments)
-    turned = turn_query(query, turn, len(segments))
-    packed = turned.reshape(len(segments), batch, kv_heads, heads // kv_heads * num_rows, dim)
-    lse = query.new_empty((len(segments), *packed.shape[1:4]), dtype=torch.float32)
-    outs: list[torch.Tensor | None] = []
+    turned = _Turned(query, turn, len(segments))
+    parted = (batch, kv_heads, heads // kv_heads, num_rows)
+    lse = query.new_empty((len(segments), *parted), dtype=torch.float32)
+    outs: list[tuple[int, torch.Tensor]] = []
     for i, rows in enumerate(segments):
         first = rows.first_row
         if rows.keys.shape[2] == 0 or first >= num_rows:
-            outs.append(None)
             lse[i] = _NOTHING
             continue
         factor = scale / group.temperature if group is not None and rows.in_group else scale
+        begin = 0
         if rows.causal:
-            out, part = _attend_causally(turned[i], rows, factor)
+            out, part = _attend_causally(turned.of(i), rows, factor)
         elif rows.mask is not None or 4 * first > num_rows:
-            out, part = _attend_late(turned[i], rows, factor)
+            begin = first
+            out, part = _attend_late(turned.of(i, first), rows, factor)
         else:  # a few rows too many cost less than a copy of the others
-            out, part = flash(packed[i], *_expanded(rows, batch), None, False, factor)
-        outs.append(out.reshape(packed.shape[1:]))
-        lse[i] = part.reshape(packed.shape[1:4])
+            packed = turned.of(i).reshape(batch, kv_heads, -1, dim)
+            out, part = flash(packed, *_expanded(rows, batch), None, False, factor)
+        outs.append((i, out.reshape(*parted[:3], num_rows - begin, dim)))
         if first:
-            lse[i].view(batch, heads, num_rows)[:, :, :first] = _NOTHING
+            lse[i, ..., begin:] = part.reshape(*parted[:3], -1)
+            lse[i, ..., :first] = _NOTHING
+        else:
+            lse[i] = part.reshape(parted)
     if group is not None:
         inside = [i for i, rows in enumerate(segments) if rows.in_group]
         lse[inside] += group_shift(lse[inside], group, 0)
-    mass = _shares(lse, sinks, num_rows)
+    mass = _shares(lse.view(len(segments), batch, kv_heads, -1), sinks, num_rows).view(lse.shape)
     return Attended(
         _merge(outs, mass).to(query.dtype).view(query.shape),
         mass.view(-1, batch, heads, num_rows),
         _whole(lse.view(-1, batch, heads, num_rows), sinks) if with_lse else None,
     )
+
+
+class _Turned:
+    """The query as each segment sees it: turned for all at once, or, where that is much, one by one."""
+
+    def __init__(self, query: torch.Tensor, turn: Turn | None, num_segments: int) -> None:
+        self._query, self._turn = query, turn
+        at_once = num_segments * query.numel() <= _AT_ONCE
+        self._whole = turn_query(query, turn, num_segments) if at_once or turn is None else None
+
+    def of(self, i: int, first: int = 0) -> torch.Tensor:
+        """[B, H, t, D]: the rows from `first` on."""
+        if self._whole is not None:
+            return self._whole[i, :, :, first:] if first else self._whole[i]
+        assert self._turn is not None
+        cos, sin = self._turn.cos[i : i + 1, first:], self._turn.sin[i : i + 1, first:]
+        return turn_query(self._query[:, :, first:], replace(self._turn, cos=cos, sin=sin), 1)[0]
 
 
 def _shares(lse: torch.Tensor, sinks: torch.Tensor | None, num_rows: int) -> torch.Tensor:
@@ -143,13 +161,24 @@ def _whole(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return total if sinks is None else torch.logaddexp(total, sinks.float()[:, None])
 
 
-def _merge(outs: Sequence[torch.Tensor | None], mass: torch.Tensor) -> torch.Tensor:
-    """[B, K, G * T, Dv], float32: partial outputs by their shares."""
-    merged: torch.Tensor | None = None
-    for i, out in enumerate(outs):
-        if out is not None:
-            weight = mass[i, ..., None]
-            merged = out.float() * weight if merged is None else merged.addcmul_(out.float(), weight)
-    if merged is None:
+def _merge(outs: Sequence[tuple[int, torch.Tensor]], mass: torch.Tensor) -> torch.Tensor:
+    """[B, K, G, T, Dv], float32: partial outputs by their shares.
+
+    Args:
+        outs: numbers of segments, and what they gave the last rows, [B, K, G, t, Dv].
+        mass: [S, B, K, G, T].
+    """
+    if not outs:
         raise ValueError("no segment has rows that the query sees")
+    num_rows = mass.shape[-1]
+    merged: torch.Tensor | None = None
+    for i, out in outs:
+        begin = num_rows - out.shape[3]
+        if merged is None:
+            merged = out.new_zeros((*mass.shape[1:], out.shape[-1]), dtype=torch.float32)
+        if begin:
+            merged[..., begin:, :].addcmul_(out.float(), mass[i, ..., begin:, None])
+        else:
+            merged.addcmul_(out.float(), mass[i, ..., None])
+    assert merged is not None
     return merged
