@@ -13,6 +13,7 @@ from kvrag.memory.combined import LadderCascade
 from kvrag.memory.full import Full
 from kvrag.memory.ladder import Ladder
 from kvrag.memory.policies import POLICIES, memory_policy, tokens_of
+from kvrag.memory.salient import Salient
 from kvrag.memory.window import Window
 
 
@@ -24,12 +25,13 @@ from kvrag.memory.window import Window
         (Cascade(64, sub_caches=2, beta=0.5), "cascade", {"sub_caches": 2, "beta": 0.5}),
         (Ladder(64, 3, overlap=1), "ladder", {"span": 3, "overlap": 1}),
         (LadderCascade(64, bonus=0.25), "combined", {"bonus": 0.25}),
+        (Salient(64, recent=0.25), "salient", {"recent": 0.25}),
     ],
 )
 def test_policies_by_name(policy: MemoryPolicy, name: str, settings: dict[str, Any]) -> None:
     assert policy.name == name
     assert memory_policy(name, policy.budget, **settings) == policy
-    assert set(POLICIES) == {"full", "window", "cascade", "ladder", "combined"}
+    assert set(POLICIES) == {"full", "window", "cascade", "ladder", "combined", "salient"}
 
 
 @pytest.mark.parametrize(
