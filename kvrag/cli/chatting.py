@@ -16,7 +16,7 @@ from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, Mod
 from kvrag.terminal import print_json, print_table, size, stdout
 
 # Written out, since help must not wait for torch; a test compares them with what there is.
-MEMORIES = "cascade, window, ladder, combined or full"
+MEMORIES = "cascade, window, ladder, combined, salient or full"
 FOLDER = "sessions"
 
 
