@@ -175,3 +175,32 @@ def _opened(engine: Engine, path: Path, settings: ChatSettings, holder: object) 
                 f"the sessions in {path} were opened with {known}, not {told}; give both the same settings"
             )
         return found
+
+
+def chats_of(
+    current: Chats | None,
+    engine: Engine,
+    settings: ChatSettings,
+    session: Session | str | None,
+    holder: object = None,
+) -> Chats:
+    """What an adapter finds its sessions with; nothing is opened yet.
+
+    Args:
+        current: what it had; kept unless its settings changed.
+        engine: that answers.
+        settings: which sessions.
+        session: the one that the adapter names; None: none.
+        holder: see `Chats`.
+
+    Raises:
+        ConfigError: session and settings contradict each other.
+    """
+    # What a copy of an adapter holds is shared with it.
+    chats = current if current is not None and current.settings == settings else None
+    chats = chats or Chats(engine, settings, holder=holder)
+    if isinstance(session, Session) and settings.sessions is not None:
+        raise ConfigError("session is a kvrag.Session, and sessions says where ids are; give one of both")
+    if session is not None and not isinstance(session, str):
+        chats.find(session)  # checks it
+    return chats

@@ -297,7 +297,7 @@ class Engine:
 
         Args:
             memory: what of the conversation stays in memory: a policy, or the name of one with its usual
-                settings: "full", "window", "cascade", "combined".
+                settings: "full", "window", "cascade", "combined", "salient".
             budget: of a policy that is given by name: tokens, or bytes such as "512MB"; None: 4096 tokens, or
                 half of the model's positions if those are fewer.
             name: its id.

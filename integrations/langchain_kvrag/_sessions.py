@@ -8,7 +8,7 @@ from langchain_core.runnables import RunnableConfig
 from pydantic import BaseModel, Field, PrivateAttr
 
 from kvrag import ConfigError, Engine, Session, Sessions
-from kvrag.chats import Chats, ChatSettings
+from kvrag.chats import Chats, ChatSettings, chats_of
 from langchain_kvrag._threads import Threaded, thread_of, with_thread
 
 
@@ -51,12 +51,8 @@ class InSessions(Threaded, BaseModel):
             budget=self.memory_budget,
             options=self.session_options,
         )
-        if self._chats is None or self._chats.settings != settings:  # else it is ours, or that of a copy
-            self._chats = Chats(self.running, settings, holder=getattr(self, "_share", None))
-        if isinstance(self.session, Session) and self.sessions is not None:
-            raise ConfigError("session is a kvrag.Session, and sessions says where ids are; give one of both")
-        if self.session is not None and not isinstance(self.session, str):
-            self._chats.find(self.session)  # checks it
+        holder = getattr(self, "_share", None)
+        self._chats = chats_of(self._chats, self.running, settings, self.session, holder)
         return self._chats
 
     def _session_of(self, options: dict[str, Any], run_manager: Any) -> Session | None:

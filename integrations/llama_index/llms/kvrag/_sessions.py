@@ -7,8 +7,8 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_serializer
 
-from kvrag import ConfigError, Engine, Session
-from kvrag.chats import Chats, ChatSettings
+from kvrag import Engine, Session
+from kvrag.chats import Chats, ChatSettings, chats_of
 
 
 class InSessions(BaseModel):
@@ -61,12 +61,8 @@ class InSessions(BaseModel):
             budget=self.memory_budget,
             options=self.session_options,
         )
-        if self._chats is None or self._chats.settings != settings:  # else it is ours, or that of a copy
-            self._chats = Chats(self.running, settings, holder=getattr(self, "_share", None))
-        if isinstance(self.session, Session) and self.sessions is not None:
-            raise ConfigError("session is a kvrag.Session, and sessions says where ids are; give one of both")
-        if self.session is not None and not isinstance(self.session, str):
-            self._chats.find(self.session)  # checks it
+        holder = getattr(self, "_share", None)
+        self._chats = chats_of(self._chats, self.running, settings, self.session, holder)
         return self._chats
 
     def _session_of(self, options: Mapping[str, Any]) -> Session | None:
