@@ -6,10 +6,12 @@ import gc
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +21,7 @@ from kvrag.store.key import EntryKey
 from kvrag.testing.stores import example_fingerprint
 
 Side = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,13 @@ def timed(function: Side) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def rounds(sides: Mapping[str, T], repeat: int) -> Iterator[tuple[str, T]]:
+    """All sides `repeat` times, each time in another order: one's traces must not always meet the same next."""
+    order = Random(0)
+    for _ in range(repeat):
+        yield from order.sample(list(sides.items()), len(sides))
 
 
 def medians(found: Mapping[str, list[float]]) -> dict[str, float]:

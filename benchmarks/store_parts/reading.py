@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from store_parts.corpus import Side, best, dd, filled, forget, medians, timed, touch
+from store_parts.corpus import Side, best, dd, filled, forget, medians, rounds, timed, touch
 
 from kvrag.segments import KV
 from kvrag.store.disk import DiskStore
@@ -63,11 +63,10 @@ def measure(folder: Path, entries: Entries, repeat: int) -> dict[str, object]:
     }
     cold: dict[str, list[float]] = {name: [] for name in sides}
     warm: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeat):
-        for name, (files, read) in sides.items():
-            forget(files)
-            cold[name].append(timed(read))
-            warm[name].append(timed(read))
+    for name, (files, read) in rounds(sides, repeat):
+        forget(files)
+        cold[name].append(timed(read))
+        warm[name].append(timed(read))
     return {
         "bytes": whole.stat().st_size,
         "cold": medians(cold),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from store_parts.corpus import best, dd, filled, medians, timed
+from store_parts.corpus import best, dd, filled, medians, rounds, timed
 from store_parts.reading import Entries, save_safetensors, save_torch
 
 from kvrag.segments import KV
@@ -30,14 +31,13 @@ def measure(folder: Path, entries: Entries, repeat: int) -> dict[str, object]:
         "safetensors": lambda to: _files(to, entries, save_safetensors),
     }
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeat):
+    for name, write in rounds(sides, repeat):
         source.read_bytes()  # stays in memory: dd is to write, not to read
-        for name, write in sides.items():
-            target = folder / "target"
-            target.mkdir()
-            os.sync()
-            found[name].append(timed(lambda write=write, target=target: write(target)))  # type: ignore[misc]
-            shutil.rmtree(target)
+        target = folder / "target"
+        target.mkdir()
+        os.sync()
+        found[name].append(timed(partial(write, target)))
+        shutil.rmtree(target)
     return {"bytes": num_bytes, "synced": medians(found), "synced_best": best(found)}
 
 

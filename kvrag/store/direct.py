@@ -21,7 +21,7 @@ from kvrag.store.together import together
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 4096  # a multiple of every disk's block
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -64,8 +64,9 @@ def _read(path: Path, size: int) -> torch.Tensor:
         found = os.fstat(descriptor).st_size
         if found != size:
             raise Damaged(f"the data file has {found} bytes, its manifest says {size}")
-        # Fresh pages start at a page's border; large ones are zeroed and mapped in a fraction of the time.
-        memory = mmap.mmap(-1, -(-size // _BLOCK_BYTES) * _BLOCK_BYTES)
+        # Fresh pages start at a page's border; large ones are zeroed and mapped in a fraction of the time, and
+        # only private memory gets them: by default Python asks for memory to share with children.
+        memory = mmap.mmap(-1, -(-size // _BLOCK_BYTES) * _BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
         memory.madvise(getattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NORMAL))
         view = memoryview(memory)
         together([partial(_fill, descriptor, view, at, size) for at in range(0, len(memory), _PIECE_BYTES)])
