@@ -237,8 +237,7 @@ class Talk:
         held, groups = ids[ids >= 0], ids.shape[0] * ids.shape[1]
         if not self.state.seen:
             return 0, 1.0
-        counts = torch.bincount(held, minlength=self.state.seen)
-        return int((counts > 0).sum()), len(held) / groups / self.state.seen
+        return len(held.unique()), len(held) / groups / self.state.seen
 
     def held(self) -> torch.Tensor:
         """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""
