@@ -3,9 +3,11 @@
 # make check    style, types and import rules
 # make docs     build the documentation into site/
 #
+# JOBS=1 runs the tests in one process at a time, by default it is one per core, eight at most.
 # PYTHON=python3.12 chooses the interpreter; it is used when .venv is made. ARGS are handed on.
 
 PYTHON ?= python3
+JOBS ?= auto --maxprocesses 8
 VENV := .venv
 READY := $(VENV)/.ready
 
@@ -15,7 +17,7 @@ demo: $(READY)
 	$(VENV)/bin/kvrag demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

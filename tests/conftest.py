@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-# Tests are small; more threads only make them wait for each other.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tests are small; more threads only make them wait for each other, and so do processes side by side.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _WORKERS)))
 
 # A slow machine is no failure, and a red run can be repeated from what it prints.
 hypothesis.settings.register_profile("kvrag", deadline=None, print_blob=True)

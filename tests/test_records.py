@@ -96,7 +96,7 @@ def test_what_is_deleted_or_replaced_is_overwritten(file: RecordFile) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [(1, 2), {1: "a"}, {"a": {1, 2}}, float("nan"), [float("inf")], b"bytes", object(), {"a": [(1,)]}],
+    [(1, 2), {1: "a"}, {"a": {1, 2}}, float("nan"), [float("inf")], b"bytes", object, {"a": [(1,)]}],
     ids=repr,
 )
 def test_what_json_would_change_is_refused(value: object) -> None:
