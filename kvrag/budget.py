@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvrag.engine import DocumentEncoder, Engine
+from kvrag.encoder import DocumentEncoder
+from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.prompt import RagPrompt
 

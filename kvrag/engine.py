@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet, WeakValueDictionary
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,18 +13,12 @@ from kvrag.answer import Answer
 from kvrag.caches import Caches
 from kvrag.config import Sampling
 from kvrag.costs import CostTable
-from kvrag.errors import (
-    ConfigError,
-    DocumentTooLong,
-    EmptyDocument,
-    GenerationCancelled,
-    InputError,
-)
+from kvrag.encoder import DocumentEncoder
+from kvrag.errors import ConfigError, GenerationCancelled, InputError
 from kvrag.focus.policy import PLAIN, Policy, preset
+from kvrag.hosting import SessionHost
 from kvrag.known import KnownTexts
 from kvrag.matching import ChunkMatcher
-from kvrag.memory.base import MemoryPolicy
-from kvrag.memory.policies import memory_policy
 from kvrag.messages import Message, Tool
 from kvrag.metrics import Snapshot
 from kvrag.model import READER, Model
@@ -34,12 +26,6 @@ from kvrag.passes import Passes
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
-from kvrag.sessions.many import Sessions
-from kvrag.sessions.pinned import Openings
-from kvrag.sessions.session import Session, loaded_session
-from kvrag.sessions.settings import Settings
-from kvrag.sessions.talk import check_room
-from kvrag.sessions.turn import Recalls
 from kvrag.store.base import KVStore
 from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
@@ -49,17 +35,11 @@ from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
 from kvrag.worker import Worker
 
-if TYPE_CHECKING:  # an engine without an archive does without Chroma
-    from kvrag.archive.archive import Archive
-    from kvrag.archive.recall import Recall
-    from kvrag.index import Embedding
-
 T = TypeVar("T")
-_USUAL_BUDGET = 4096
 Chunks = Sequence[str] | Mapping[str, str] | ChunkMatcher | KnownTexts
 
 
-class Engine:
+class Engine(SessionHost):
     """Answers prompts whose documents it has read before.
 
     One engine serves many callers: the model runs in one thread of the engine's, and answers that run at
@@ -110,18 +90,21 @@ class Engine:
         Raises:
             ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be.
         """
-        self.model = model
+        usual = 128 if model.device.type == "cpu" else 1024
+        pass_tokens = usual if pass_tokens is None else pass_tokens
+        if max_batch < 1 or pass_tokens < 1:
+            raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
         self.policy = preset(policy) if isinstance(policy, str) else policy
-        self.store = open_store(
+        opened = open_store(
             store,
             memory_bytes=memory_bytes,
             objects=objects,
             budget_bytes=budget_bytes,
             device=model.device,
         )
-        self._caches = Caches(
+        caches = Caches(
             model,
-            self.store,
+            opened,
             codec=codec,
             tenant=tenant,
             token_budget=token_budget,
@@ -131,14 +114,9 @@ class Engine:
         self.codec = codec
         self.tenant = tenant
         self.known = KnownTexts() if known is None else known
-        usual = 128 if model.device.type == "cpu" else 1024
-        self.pass_tokens = usual if pass_tokens is None else pass_tokens
-        if max_batch < 1 or self.pass_tokens < 1:
-            raise ConfigError(f"max_batch is {max_batch} and pass_tokens {pass_tokens}; expected at least 1")
-        self._openings: Openings = WeakValueDictionary()
-        self._many: WeakSet[Sessions] = WeakSet()
-        passes = Passes(model, self.pass_tokens)
-        self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
+        passes = Passes(model, pass_tokens)
+        worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
+        super().__init__(model, opened, caches, worker, pass_tokens=pass_tokens)
 
     @classmethod
     def from_pretrained(
@@ -279,157 +257,6 @@ class Engine:
         work = partial(answer, self._caches, request, stride=self.pass_tokens)
         return AnswerStream(self._worker.submit(work, in_line=True))
 
-    def session(
-        self,
-        memory: MemoryPolicy | str = "cascade",
-        *,
-        budget: int | str | None = None,
-        name: str | None = None,
-        system: str | None = None,
-        documents: Sequence[str] = (),
-        stride: int | None = None,
-        keeps_log: bool = True,
-        max_undo: int = 2,
-        archive: Archive | None = None,
-        recall: Recall | None = None,
-    ) -> Session:
-        """A conversation with a memory of its own.
-
-        Args:
-            memory: what of the conversation stays in memory: a policy, or the name of one with its usual
-                settings: "full", "window", "cascade", "combined", "salient".
-            budget: of a policy that is given by name: tokens, or bytes such as "512MB"; None: 4096 tokens, or
-                half of the model's positions if those are fewer.
-            name: its id.
-            system: its system prompt; None: what a history brings.
-            documents: texts that it begins with, behind the system prompt; always in memory, and loaded from
-                the store where it has them.
-            stride: most tokens that are read before they are inserted into the memory; None: `pass_tokens`.
-            keeps_log: keep the tokens, 4 bytes each, to say what was forgotten.
-            max_undo: turns that can be taken back, each of which may keep as much as the memory itself.
-            archive: where everything that is said is kept, to come back when it is needed; None: what is
-                forgotten is lost. A session without an id gets one then.
-            recall: what comes back; None: the defaults.
-
-        Raises:
-            ConfigError: the memory needs more positions than the model has.
-        """
-        if archive is not None and name is None:
-            name = uuid.uuid4().hex
-        settings = Settings(
-            self._memory(memory, budget),
-            system,
-            documents,
-            self.pass_tokens if stride is None else stride,
-            keeps_log,
-            max_undo,
-        )
-        check_room(self.model, settings.policy, 0)
-        recalls = self._recalls(archive, name, recall)
-        return Session(
-            self._caches, self._worker, settings, name=name, openings=self._openings, recalls=recalls
-        )
-
-    def _memory(self, memory: MemoryPolicy | str, budget: int | str | None) -> MemoryPolicy:
-        """A policy as callers name it."""
-        if not isinstance(memory, str):
-            if budget is not None:
-                raise ConfigError(f"budget is {budget!r}, but {memory} has its own; give one of both")
-            return memory
-        if budget is None and memory != "full":
-            budget = min(_USUAL_BUDGET, self.model.max_length // 2)
-        return memory_policy(memory, budget, bytes_per_token=self.model.bytes_per_token)
-
-    def _recalls(self, archive: Archive | None, name: str | None, recall: Recall | None) -> Recalls | None:
-        if archive is None or name is None:
-            return None
-        from kvrag.archive.recall import SpanRecalls  # noqa: PLC0415 - needs Chroma
-
-        return SpanRecalls(archive, self.model, name, recall)
-
-    def sessions(
-        self,
-        folder: str | Path,
-        memory: MemoryPolicy | str = "cascade",
-        *,
-        budget: int | str | None = None,
-        budget_bytes: int | None = None,
-        system: str | None = None,
-        documents: Sequence[str] = (),
-        stride: int | None = None,
-        keeps_log: bool = True,
-        max_undo: int = 2,
-        archive: Archive | None = None,
-        recall: Recall | None = None,
-    ) -> Sessions:
-        """Many conversations by id, of which those used least recently wait in a folder.
-
-        Args:
-            folder: for what does not fit into memory, and for `Sessions.close`.
-            memory: see `session`, also for the rest.
-            budget: of each.
-            budget_bytes: what all of them may keep in memory between turns; None: no limit.
-            system: system prompt of each.
-            documents: that each begins with.
-            stride: most tokens that are read before they are inserted.
-            keeps_log: keep the tokens.
-            max_undo: turns that can be taken back.
-            archive: see `session`.
-            recall: see `session`.
-
-        Raises:
-            SessionError: another process has the folder.
-            ConfigError: the memory needs more positions than the model has.
-        """
-        policy = self._memory(memory, budget)
-
-        def make(name: str) -> Session:
-            return self.session(
-                policy,
-                name=name,
-                system=system,
-                documents=documents,
-                stride=stride,
-                keeps_log=keeps_log,
-                max_undo=max_undo,
-                archive=archive,
-                recall=recall,
-            )
-
-        check_room(self.model, policy, 0)
-        sessions = Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
-        self._many.add(sessions)
-        return sessions
-
-    def load_session(
-        self,
-        path: str | Path,
-        memory: MemoryPolicy | None = None,
-        *,
-        archive: Archive | None = None,
-        recall: Recall | None = None,
-    ) -> Session:
-        """A session as `Session.save` wrote it; its next token's logits are the same bits.
-
-        Args:
-            path: of the file.
-            memory: as it was made with; None: one of this package's, which the file names.
-            archive: the one that it was made with.
-            recall: see `session`.
-
-        Raises:
-            SessionDamaged: there is no such file, or it is not whole.
-            ConfigError: it was made with another model or memory.
-        """
-        return loaded_session(
-            self._caches,
-            self._worker,
-            Path(path),
-            memory,
-            openings=self._openings,
-            recalls=lambda name: self._recalls(archive, name, recall),
-        )
-
     def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[AnswerStream]:
         """Answer several prompts together: for each, what `stream` gives.
 
@@ -535,40 +362,6 @@ class Engine:
         """What entries depend on that stand behind nothing: model, codec, tenant."""
         return self._caches.fingerprint_behind(())
 
-    def archive(
-        self,
-        path_or_url: str | Path,
-        *,
-        collection: str = "kvrag-archive",
-        embedding: Embedding | None = None,
-        ttl_seconds: float | None = None,
-    ) -> Archive:
-        """Open what chats have said, to go on with: texts in a Chroma database, rows in the engine's store.
-
-        Args:
-            path_or_url: folder of a Chroma database, or address of a Chroma server; best a folder of its own,
-                because of one folder only one process writes at a time.
-            collection: its name; nothing but the archive's spans may be in it.
-            embedding: any Chroma embedding function; None: the collection's, at first `HashedEmbedding`.
-            ttl_seconds: time to live of its entries; None: the store's.
-
-        Raises:
-            ConfigError: the engine has no store, or the collection was made with another embedding.
-            CorpusError: the database cannot be opened.
-        """
-        if self.store is None:
-            raise ConfigError("an archive keeps rows in the engine's store; give the engine store='folder'")
-        from kvrag.archive.archive import Archive  # noqa: PLC0415 - needs Chroma
-
-        return Archive.open(
-            path_or_url,
-            self.store,
-            self.fingerprint(),
-            collection=collection,
-            embedding=embedding,
-            ttl_seconds=ttl_seconds,
-        )
-
     def encoder(self, prompt: RagPrompt | None = None) -> DocumentEncoder:
         """What a corpus needs to build caches for prompts of one form."""
         form = prompt or RagPrompt.of(self.model.text)
@@ -608,8 +401,7 @@ class Engine:
             StoreWriteError: sessions cannot be written; the engine is closed all the same.
         """
         try:
-            for sessions in list(self._many):
-                sessions.close()
+            self._close_sessions()
         finally:
             self._worker.close()
             self._caches.close()
@@ -621,60 +413,3 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
-
-
-class DocumentEncoder:
-    """Builds caches of texts behind one prefix, on the engine's thread."""
-
-    def __init__(self, caches: Caches, worker: Worker, prompt: RagPrompt) -> None:
-        """Encode for prompts of one form."""
-        self._caches = caches
-        self._worker = worker
-        self.prompt = prompt
-        self._prefix = caches.model.text.tokenize(prompt.prefix, first=not prompt.is_rendered)
-        self.fingerprint: Fingerprint = caches.fingerprint(self._prefix)
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest text: the model's window less the prefix."""
-        return self._caches.model.max_length - len(self._prefix)
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text as they will stand in a prompt."""
-        return self._caches.model.text.tokenize(text)
-
-    def context(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Tokens of texts as they stand between prefix and a document in a prompt, in this order."""
-        return joined_tokens(self._caches.model.text, self.prompt.before(texts))
-
-    def fingerprint_behind(self, context: tuple[int, ...]) -> Fingerprint:
-        """What entries depend on that are encoded behind prefix and context."""
-        return self._caches.fingerprint_behind(self._prefix + context) if context else self.fingerprint
-
-    def encode(self, texts: Sequence[tuple[int, ...]]) -> list[KV]:
-        """Rows of texts given as tokens, in order.
-
-        Raises:
-            EmptyDocument: a text without tokens.
-            DocumentTooLong: more than `max_tokens`.
-        """
-        return self.encode_behind(texts, [()] * len(texts))
-
-    def encode_behind(
-        self, texts: Sequence[tuple[int, ...]], contexts: Sequence[tuple[int, ...]]
-    ) -> list[KV]:
-        """Rows of texts, each behind the prefix and tokens of its own, in order.
-
-        Raises:
-            EmptyDocument: a text without tokens.
-            DocumentTooLong: text and context together have more than `max_tokens`.
-        """
-        for i, (tokens, context) in enumerate(zip(texts, contexts, strict=True)):
-            if not tokens:
-                raise EmptyDocument(f"text {i} has no tokens; leave it out")
-            if len(context) + len(tokens) > self.max_tokens:
-                raise DocumentTooLong(
-                    f"text {i} has {len(tokens)} tokens{f' behind {len(context)}' if context else ''} and "
-                    f"{self.max_tokens} fit behind the prefix; split it"
-                )
-        return self._worker.do(lambda: self._caches.encoding(self._prefix, texts, contexts))

@@ -16,7 +16,8 @@ from kvrag.config import ALONE, BEFORE, Context, Sampling
 from kvrag.contexts import run_starts
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
-from kvrag.engine import DocumentEncoder, Engine
+from kvrag.encoder import DocumentEncoder
+from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError
 from kvrag.focus.policy import PRESETS, preset
 from kvrag.home import Home, ingest
