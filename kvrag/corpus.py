@@ -316,7 +316,7 @@ class Corpus:
             InputError: k is below 1.
         """
         hits = self._index.search(query, k, where=where)
-        return [Hit(h.id, h.text, clean(h.metadata), h.distance) for h in hits]
+        return [replace(hit, metadata=clean(hit.metadata)) for hit in hits]
 
     def documents(self) -> Iterator[Record]:
         """All documents, in no particular order."""

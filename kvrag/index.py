@@ -43,12 +43,22 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A text that was found; the nearer, the smaller `distance` (in the collection's own measure)."""
+    """A text that was found.
+
+    Attributes:
+        id: of its record.
+        text: of its record.
+        metadata: of its record.
+        distance: in the collection's own measure; the nearer, the smaller.
+        similarity: the cosine of the angle to what was searched for, if the vectors are unit vectors or the
+            measure is the cosine.
+    """
 
     id: str
     text: str
     metadata: dict[str, Any]
     distance: float
+    similarity: float
 
 
 class Index:
@@ -350,11 +360,12 @@ class Index:
             raise InputError(f"k={k}: expected at least 1")
         with self._reading() as collection:
             found = collection.query(query_texts=[query], n_results=k, where=cast(Any, where))
+            scale = 0.5 if _space(collection) == "l2" else 1.0  # Chroma's l2 is the squared distance
         texts, metadatas, distances = found["documents"], found["metadatas"], found["distances"]
         if texts is None or metadatas is None or distances is None:
             raise CorpusError("Chroma's answer lacks documents, metadata or distances")
         return [
-            Hit(i, text, dict(metadata or {}), float(distance))
+            Hit(i, text, dict(metadata or {}), float(distance), 1 - scale * float(distance))
             for i, text, metadata, distance in zip(
                 found["ids"][0], texts[0], metadatas[0], distances[0], strict=True
             )
@@ -457,6 +468,13 @@ def _collection(
         raise
     except (ChromaError, ValueError) as error:
         raise ConfigError(f"cannot open the collection {name!r}: {error}") from error
+
+
+def _space(collection: chromadb.Collection) -> str:
+    """What the collection's graph measures distances by."""
+    noted = collection.configuration_json
+    graph = noted.get("hnsw") or noted.get("spann") or {}
+    return str(graph.get("space") or "l2")
 
 
 def _create(database: _Database, name: str, embedding: Embedding | None) -> Client:

@@ -89,6 +89,9 @@ def test_search(index: Index) -> None:
     assert hits[0].id == "a"
     assert len(hits) == 3
     assert hits[0].distance < hits[1].distance
+    for hit in hits:
+        one, other = HashedEmbedding()(["red boat", hit.text])
+        assert hit.similarity == pytest.approx(float(one @ other), abs=1e-5)
     assert [h.id for h in index.search("red boat", 1, where={"n": 2})] == ["c"]
     with pytest.raises(InputError, match="k=0"):
         index.search("x", 0)

@@ -12,11 +12,14 @@ import torch
 from memory_parts.stack import Look, Mending, Rows, Stack
 from memory_parts.streams import Asked, Stream
 
+from kvrag.archive.recall import Recall
 from kvrag.embedding import HashedEmbedding
 from kvrag.memory.base import MemoryPolicy
 from kvrag.model import Model
 
 Record = dict[str, Any]
+
+_DEFAULTS = Recall()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,19 @@ class Archive:
         room: most tokens of all messages that are read again by all layers.
         candidates: messages that the search brings; the question looks at all of them, and those that it
             looks at most come back.
-        layers: whose attention decides: of the question's last row, summed over all heads.
-        power: of the mass on a message.
-        below: a message comes back if it gets at least this share of what the best one gets.
+        keep: messages that come back at most.
+        below: a message comes back if it gets at least this share of what the best one gets: of the mass that
+            the question's last row pays it, summed over all layers and heads, times its similarity to the
+            question to the power of `nearness`; as `kvrag.archive.recall.Recall` does it by default.
+        nearness: see there.
         gold: the message that is needed comes back alone; a control.
     """
 
     room: int
-    candidates: int = 16
-    layers: tuple[int, ...] = (1,)
-    power: float = 2.0
-    below: float = 0.0
+    candidates: int = _DEFAULTS.search
+    keep: int = _DEFAULTS.keep
+    below: float = _DEFAULTS.below
+    nearness: float = _DEFAULTS.nearness
     gold: bool = False
 
 
@@ -69,6 +74,10 @@ def found(stream: Stream, num: int) -> list[list[int]]:
 @cache
 def _embedded(text: str) -> Any:
     return HashedEmbedding()([text])[0]
+
+
+def _similarity(one: str, other: str) -> float:
+    return float(_embedded(one) @ _embedded(other))
 
 
 class _Kept:
@@ -239,24 +248,28 @@ class _Asking:
             return None
         chosen = [list(numbers[: archive.candidates]) for numbers in lists]
         if not archive.gold:
-            look = Look(archive.layers, torch.tensor([len(q.prompt) - 1 for q in asked]))
+            rows = torch.tensor([len(q.prompt) - 1 for q in asked])
+            look = Look(range(self.stack.layers), rows)
             ids = _padded([q.prompt for q in asked])
             self.stack.ask(ids, self.kept.rows(chosen), num_front=self.streams[0].pinned, look=look)
-            looked = zip(torch.cat(look.found, 1), self.streams, chosen, strict=True)
-            chosen = [_best(mass, stream, numbers, archive) for mass, stream, numbers in looked]
+            looked = zip(torch.cat(look.found, 1).sum(1), self.streams, asked, chosen, strict=True)
+            chosen = [_best(mass, stream, one, numbers, archive) for mass, stream, one, numbers in looked]
         return self.kept.rows(chosen) if any(chosen) else None
 
 
-def _best(mass: torch.Tensor, stream: Stream, numbers: Sequence[int], archive: Archive) -> list[int]:
-    """The messages most looked at, as many as fit; `mass` is [H, n] over their rows in order."""
+def _best(
+    mass: torch.Tensor, stream: Stream, asked: Asked, numbers: Sequence[int], archive: Archive
+) -> list[int]:
+    """The messages most looked at, as many as fit; `mass` is [n] over their rows in order."""
+    near = {n: max(0.0, _similarity(asked.text, stream.messages[n].text)) for n in numbers}
     scores, lengths, first = {}, {}, 0
     for number in sorted(numbers):
         lengths[number] = stream.messages[number].end - stream.messages[number].start
-        own = mass[:, first : first + lengths[number]].sum(-1)
-        scores[number] = float(own.pow(archive.power).sum())
+        own = float(mass[first : first + lengths[number]].sum())
+        scores[number] = own * (near[number] / (max(near.values()) or 1.0)) ** archive.nearness
         first += lengths[number]
     chosen, room = [], archive.room
-    for number in sorted(scores, key=lambda n: -scores[n]):
+    for number in sorted(scores, key=lambda n: -scores[n])[: archive.keep]:
         if lengths[number] <= room and scores[number] >= archive.below * max(scores.values()):
             chosen.append(number)
             room -= lengths[number]

@@ -95,7 +95,7 @@ def timed(function: Side) -> float:
 
 
 def rounds(sides: Mapping[str, T], repeat: int) -> Iterator[tuple[str, T]]:
-    """All sides `repeat` times, each time in another order: one's traces must not always meet the same next."""
+    """All sides `repeat` times, in another order each time: none always meets the traces of the same one."""
     order = Random(0)
     for _ in range(repeat):
         yield from order.sample(list(sides.items()), len(sides))

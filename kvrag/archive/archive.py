@@ -195,7 +195,7 @@ class Archive:
         number = max(k, _FEWEST)
         while True:
             hits = self._index.search(text, number, where=where)
-            found = [span for hit in hits if (span := _read(hit.text, hit.metadata, hit.distance))]
+            found = [span for hit in hits if (span := _read(hit.text, hit.metadata, hit.similarity))]
             wanted = [span for span in found if is_wanted is None or is_wanted(span)]
             if len(wanted) >= k or len(hits) < number or number >= _MOST:
                 return wanted[:k]
@@ -400,8 +400,8 @@ def _of(session: str, also: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return own if also is None else {"$and": [own, dict(also)]}
 
 
-def _read(text: str, metadata: Mapping[str, Any], distance: float = 0.0) -> Archived | None:
+def _read(text: str, metadata: Mapping[str, Any], similarity: float = 0.0) -> Archived | None:
     """A record, if it is one of an archive's."""
     with suppress(InputError):
-        return Archived.read(text, metadata, distance)
+        return Archived.read(text, metadata, similarity)
     return None

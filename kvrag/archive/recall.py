@@ -38,6 +38,9 @@ class Recall:
         search: spans that are looked at for a turn, the nearest to what the user says.
         keep: spans that come back at most.
         below: those come back that get at least this share of the best one's score; 0: all.
+        nearness: a score is multiplied by the similarity that the search saw, as a share of the nearest
+            candidate's, to this power; 0: attention alone decides. Search and attention are misled by
+            different look-alikes, so that what both find is the right one more often than what either finds.
         held: a span counts as lost if an average layer and head holds less than this share of it.
         scorer: what confirms; the default is the attention of the turn's last row, over all layers.
         messages: how many of the user's last messages are searched with, one by one.
@@ -45,9 +48,10 @@ class Recall:
         max_tokens: of a span.
     """
 
-    search: int = 8
+    search: int = 16
     keep: int = 4
-    below: float = 0.25
+    below: float = 0.5
+    nearness: float = 4.0
     held: float = 0.5
     scorer: Scorer = field(default_factory=lambda: AttentionScore(rows="last"))
     messages: int = 1
@@ -68,6 +72,8 @@ class Recall:
         for name in ("below", "held"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+        if not self.nearness >= 0:
+            raise ConfigError(f"nearness={self.nearness}: expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +165,10 @@ class SpanRecalls:
             for span in self._archive.search(
                 self.session, said, self._recall.search, before=end, is_wanted=is_lost
             ):
-                nearer = span.start not in found or span.distance < found[span.start].distance
+                nearer = span.start not in found or span.similarity > found[span.start].similarity
                 if nearer:
                     found[span.start] = span
-        return sorted(found.values(), key=lambda span: span.distance)[: self._recall.search]
+        return sorted(found.values(), key=lambda span: -span.similarity)[: self._recall.search]
 
     def _with_rows(self, talk: Talk, found: Sequence[Archived], room: int) -> Work[list[_Candidate]]:
         """Those of the spans that fit, with their rows, in the order of the chat."""
@@ -203,7 +209,8 @@ class SpanRecalls:
         for layer, (mass, focus) in enumerate(zip(read.mass[:, own], read.focus[:, own], strict=True)):
             added = self._recall.scorer.score(layer, mass, focus)
             scores = [score + more for score, more in zip(scores, added, strict=True)]
-        return scores
+        weights = _nearness(candidates, self._recall.nearness)
+        return [score * weight for score, weight in zip(scores, weights, strict=True)]
 
     def note(self, stride: StrideRows) -> None:
         """See `Recalls`."""
@@ -318,6 +325,13 @@ def _prefix(talk: Talk) -> KV | None:
     first = next(iter(talk.pinned.table), None)
     is_beginning = first is not None and first.document is None and not (first.target or first.native)
     return first.kv if first is not None and is_beginning else None
+
+
+def _nearness(candidates: Sequence[_Candidate], power: float) -> list[float]:
+    """How near the search found each candidate, as a share of the nearest one, to a power."""
+    near = [max(0.0, one.span.similarity) for one in candidates]
+    most = max(near, default=0.0)
+    return [(one / most) ** power if most else 1.0 for one in near]
 
 
 def _confirmed(

@@ -27,7 +27,7 @@ class Archived:
         role: who says its first token.
         text: what it says.
         tokens: all of them.
-        distance: from what was searched for; the nearer, the smaller.
+        similarity: to what was searched for, see `kvrag.index.Hit`.
     """
 
     session: str
@@ -36,7 +36,7 @@ class Archived:
     role: str
     text: str
     tokens: tuple[int, ...]
-    distance: float = 0.0
+    similarity: float = 0.0
 
     @classmethod
     def of(cls, session: str, span: Span) -> Archived:
@@ -44,7 +44,7 @@ class Archived:
         return cls(session, session, span.at, span.role, span.text, span.tokens)
 
     @classmethod
-    def read(cls, text: str, metadata: Metadata, distance: float = 0.0) -> Archived:
+    def read(cls, text: str, metadata: Metadata, similarity: float = 0.0) -> Archived:
         """A record of the collection.
 
         Raises:
@@ -57,7 +57,7 @@ class Archived:
             tokens = tuple(np.frombuffer(raw, "<i4").tolist())
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"a record that is no archived span: {error}") from error
-        return cls(session, origin, at, role, text, tokens, distance)
+        return cls(session, origin, at, role, text, tokens, similarity)
 
     @property
     def start(self) -> int:

@@ -64,9 +64,11 @@ def _read(path: Path, size: int) -> torch.Tensor:
         found = os.fstat(descriptor).st_size
         if found != size:
             raise Damaged(f"the data file has {found} bytes, its manifest says {size}")
-        # Fresh pages start at a page's border; large ones are zeroed and mapped in a fraction of the time, and
-        # only private memory gets them: by default Python asks for memory to share with children.
-        memory = mmap.mmap(-1, -(-size // _BLOCK_BYTES) * _BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        # Fresh pages start at a page's border; large ones are zeroed and mapped in a fraction of the time.
+        # Only private memory gets them: by default Python asks for memory to share with children.
+        memory = mmap.mmap(
+            -1, -(-size // _BLOCK_BYTES) * _BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON
+        )
         memory.madvise(getattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NORMAL))
         view = memoryview(memory)
         together([partial(_fill, descriptor, view, at, size) for at in range(0, len(memory), _PIECE_BYTES)])

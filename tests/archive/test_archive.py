@@ -22,6 +22,7 @@ from kvrag.store.references import References
 from kvrag.store.rekey import rekey
 from kvrag.store.tenants import Tenant
 from kvrag.testing.faults import FaultyStore
+from kvrag.testing.files import holding
 from kvrag.testing.stores import assert_same_rows, example_fingerprint, example_rows
 
 PIER, LAMP, BOAT = "The pier is old.", "A lamp hangs on the wall.", "The boat sails at noon."
@@ -154,10 +155,6 @@ def test_undoing_takes_back_what_came_behind(open_archive: Opener) -> None:
     assert_lockstep(archive)
 
 
-def bytes_of(folder: Path) -> bytes:
-    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
-
-
 def test_deleting_a_session_removes_every_byte(open_archive: Opener, tmp_path: Path) -> None:
     secret = "The treasure lies under the juniper."
     archive = open_archive()
@@ -168,15 +165,15 @@ def test_deleting_a_session_removes_every_byte(open_archive: Opener, tmp_path: P
     values = rows.layers[0].values.contiguous().numpy().tobytes()
     del rows
     archive.close()
-    assert b"juniper" in bytes_of(tmp_path / "chroma")
-    assert values in bytes_of(tmp_path / "store")
+    assert holding(tmp_path / "chroma", b"juniper")
+    assert holding(tmp_path / "store", values)
     archive = open_archive()
     receipt = archive.delete("private")
     assert [len(receipt.ids), len(receipt.entries), receipt.kept] == [2, 2, ()]
     archive.close()
     for word in (b"juniper", b"treasure"):
-        assert word not in bytes_of(tmp_path / "chroma")
-    assert values not in bytes_of(tmp_path / "store")
+        assert not holding(tmp_path / "chroma", word)
+    assert not holding(tmp_path / "store", values)
     archive = open_archive()
     assert archive.sessions() == {"other": 1}
     assert_lockstep(archive)

@@ -24,11 +24,13 @@ from kvrag.reader.tokenizer import SYSTEM_CHAT
 from kvrag.reader.world import World
 from kvrag.sessions.session import Session
 from kvrag.store.disk import DiskStore
+from kvrag.testing.files import holding
 from kvrag.testing.models import tiny
 
 BUDGET = 128
 SHORT = Sampling(max_new_tokens=6)
 FACT, QUESTION, ANSWER = "Bron Poberg lives in Vouport.", "Where does Bron Poberg live?", "Vouport"
+ECHO = "Where does Bron Poberg live, I asked."
 
 
 @cache
@@ -131,6 +133,21 @@ def test_the_least_looked_at_do_not_come_back(engine: Engine, archive: Archive) 
     assert [ANSWER in span.text for span in few.spans] == [True]
 
 
+def test_search_and_attention_decide_together(engine: Engine, archive: Archive) -> None:
+    found = {}
+    for nearness in (0.0, 1e6):
+        session = session_of(engine, archive, str(nearness), recall=Recall(keep=1, nearness=nearness))
+        for said in (FACT, ECHO):
+            session.send(said, sampling=SHORT)
+            bury(session)
+        memory = session.send(QUESTION).memory
+        assert memory is not None
+        (span,) = memory.spans
+        found[nearness] = span.text
+    assert ANSWER in found[0.0]  # what the question looks at
+    assert ECHO in found[1e6]  # what repeats its words
+
+
 def test_what_memory_holds_is_not_brought_back(engine: Engine, archive: Archive) -> None:
     whole = engine.session(Full(), name="whole", system=SYSTEM_CHAT, archive=archive)
     plain = engine.session(Full(), system=SYSTEM_CHAT)
@@ -230,9 +247,7 @@ def test_deleting_a_session_deletes_what_it_said(engine: Engine, archive: Archiv
     session.delete()
     assert list(archive._store.ids()) == []
     archive.index.close()
-    assert not [
-        file for file in (tmp_path / "chats").rglob("*") if file.is_file() and b"Vouport" in file.read_bytes()
-    ]
+    assert not holding(tmp_path / "chats", b"Vouport")
     with pytest.raises(SessionError, match="deleted"):
         session.send(QUESTION)
 
@@ -346,7 +361,10 @@ def test_an_archive_needs_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"search": 0}, {"keep": 0}, {"messages": 0}, {"below": 1.5}, {"held": -0.1}, {"max_tokens": 0}],
+    [
+        *({name: 0} for name in ("search", "keep", "messages", "max_tokens")),
+        *({"below": 1.5}, {"held": -0.1}, {"nearness": -1.0}, {"nearness": float("nan")}),
+    ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="expected"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvrag.home import Home
+from kvrag.testing.files import holding
 
 Run = Callable[..., Any]
 Refused = Callable[[Any, str], None]
@@ -157,13 +158,10 @@ def test_shared_caches_stay(run: Run, notes: Path, model: Path) -> None:
 
 
 def test_no_byte_of_a_removed_text_is_left(ingested: Run) -> None:
-    def holding(text: bytes) -> list[str]:
-        return [str(f) for f in Path(".kvrag").rglob("*") if f.is_file() and text in f.read_bytes()]
-
-    assert holding(b"lighthouse of Varn")
+    assert holding(Path(".kvrag"), b"lighthouse of Varn")
     ingested("rm", "notes/a.txt")
-    assert holding(b"lighthouse of Varn") == []
-    assert holding(b"Mirrow")
+    assert holding(Path(".kvrag"), b"lighthouse of Varn") == []
+    assert holding(Path(".kvrag"), b"Mirrow")
     assert ingested("ask", "Where is the ferry?", "--max-new-tokens", "2", "--json").object["sources"][0][
         "is_hit"
     ]
