@@ -136,6 +136,29 @@ def test_a_new_time_to_live_leaves_the_rows_readable(tmp_path: Path, way: str) -
     assert store.check().ok
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_another_end_leaves_the_rows_readable(tmp_path: Path, way: str) -> None:
+    store = DiskStore(tmp_path, **WAYS[way])
+    store.put(key_of(), ROWS)
+    for ttl in (1000.0, None):
+        assert store.expire(key_of().id, ttl)
+        for other in (store, DiskStore(tmp_path, **WAYS[way])):
+            assert_same_rows(other.get(key_of()), ROWS)
+            info = other.info(key_of().id)
+            assert info is not None
+            assert (info.expires is None) == (ttl is None)
+    assert store.check().ok
+    assert store.stats().damaged == 0
+
+
+def test_without_the_key_no_end_is_changed(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, key=MASTER)
+    store.put(key_of(), ROWS)
+    with pytest.raises(ConfigError, match="open it with its key"):
+        DiskStore(tmp_path).expire(key_of().id, 1000.0)
+    assert_same_rows(store.get(key_of()), ROWS)
+
+
 # --- compression --------------------------------------------------------------------------------
 
 
@@ -188,6 +211,20 @@ def test_what_gains_nothing_or_is_no_cache_stays_as_it_is(tmp_path: Path, what: 
     assert_same_rows(found, kv)
     with safe_open(the_data_file(tmp_path), "pt") as file:
         assert "000.keys" in file.keys()  # noqa: SIM118 - not a dictionary
+
+
+@pytest.mark.parametrize("key", [None, bytes(32)])
+def test_a_layer_that_would_grow_among_layers_that_shrink(tmp_path: Path, key: bytes | None) -> None:
+    """What is written can be read: readers expect no layer to be larger than its codec writes it."""
+    tokens = tuple(range(40))
+    noise = torch.frombuffer(bytearray(os.urandom(40 * 8 * 4)), dtype=torch.float32).view(1, 40, 8).clone()
+    flat = torch.arange(4 * 40 * 8, dtype=torch.float32).view(4, 40, 8) / 4096
+    rows = KV(tokens, (LayerKV(flat, flat.clone()), LayerKV(noise[..., :1], noise[..., 1:2])))
+    text = EntryKey(example_fingerprint(), tokens)
+    store = DiskStore(tmp_path / "store", compress="zstd", key=key)
+    store.put(text, rows)
+    assert store.damage(text.id) is None
+    assert_same_rows(store.get(text), rows)
 
 
 def test_without_the_library_there_is_one_clear_error(
