@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from memory_parts import page as memory_page
+from peers_parts import page as peers_page
 from quality_parts import page as quality_page
 from store_parts import page as store_page
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
-STORE = DATA / "store.json"
+STORE, PEERS = DATA / "store.json", DATA / "peers.json"
 QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
 MEMORY, MEMORY_TIME, SOAK = DATA / "memory.json", DATA / "memory-time.json", DATA / "soak.json"
 
@@ -128,7 +129,23 @@ def pages() -> dict[Path, str]:
     if MEMORY.exists():
         found = memory_page.lines(*map(read, (MEMORY, MEMORY_TIME, SOAK)))
         made[docs / "memory-measured.md"] = "\n".join(found)
+    if PEERS.exists():
+        comparison = docs / "comparison.md"
+        made[comparison] = with_section(comparison.read_text(), "peers.json", peers_page.lines(read(PEERS)))
     return made
+
+
+def with_section(page: str, name: str, lines: list[str]) -> str:
+    """A page written by hand, with the section that is made from a file of docs/data between its marks."""
+    begin = f"<!-- from docs/data/{name} by benchmarks/report.py; do not edit -->\n"
+    end = f"<!-- end of {name} -->\n"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        sys.exit(
+            f"no section for {name}: {begin.strip()} and {end.strip()} have to stand on lines of their own"
+        )
+    return "\n".join([f"{before}{begin}", *lines, f"\n{end}{after}"])
 
 
 def read(file: Path) -> Any:
