@@ -149,6 +149,7 @@ def ask(
         raise InputError("the question is empty")
     hits = corpus.search(question, k)
     form = form or RagPrompt.of(engine.model.text)
+    policy = _nearer(policy or engine.policy, hits)
     contexts = corpus.contexts([hit.id for hit in hits])
     before = {name: form.before(texts) for name, texts in contexts.items()}
     chunks = {hit.id: hit.text for hit in hits}
@@ -175,6 +176,7 @@ def policy_of(
     keep: int | float | None = None,
     layers: tuple[int, ...] | None = None,
     rows: Literal["question", "last"] = "question",
+    nearness: float | None = None,
     repair: float | None = None,
     max_risk: float | None = None,
     spans: bool = False,
@@ -187,6 +189,7 @@ def policy_of(
         layers: prune by the attention of these layers, right behind the last of them (`kvrag doctor` says
             which find the right documents), and choose rows to read again by it; None: as the policy says.
         rows: whose attention that is, see `AttentionScore`.
+        nearness: how much the search's similarity counts beside attention, see `Pruning`; 4 is a good choice.
         repair: share of the documents' rows read again; those the question looks at most, unless the policy
             has its own way to choose a share.
         max_risk: read the documents in full if the answer's risk is above.
@@ -213,9 +216,20 @@ def policy_of(
             pruning = replace(pruning, start=start, scorer=AttentionScore(layers, rows=rows))
         if isinstance(mended, QueryDriven):
             mended = replace(mended, layers=layers, looked_by=rows)
+    if nearness is not None:
+        if pruning is None:
+            raise ConfigError(f"policy {name!r} does not prune; set keep, or take cachefocus")
+        pruning = replace(pruning, nearness=nearness)
     if max_risk is not None and not 0 <= max_risk <= 1:
         raise ConfigError(f"max_risk={max_risk}: expected 0 to 1")
     return replace(policy, name=name, pruning=pruning, repair=mended, max_risk=max_risk, spans=spans)
+
+
+def _nearer(policy: Policy, hits: Sequence[Hit]) -> Policy:
+    """The policy, knowing what the search thought of each document."""
+    if policy.pruning is None or not policy.pruning.nearness:
+        return policy
+    return replace(policy, pruning=policy.pruning.nearer([hit.similarity for hit in hits]))
 
 
 def _source(use: DocumentUse, found: Hit, left: list[Hit]) -> Source:

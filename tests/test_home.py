@@ -290,6 +290,19 @@ def test_what_a_policy_did_is_in_the_reply(home: Home, engine: Engine) -> None:
     assert not found["in_full"]
 
 
+def test_the_search_has_a_say_in_pruning(home: Home, engine: Engine) -> None:
+    texts = (("a.txt", LIGHTHOUSE), ("b.txt", FERRY), ("c.txt", ORCHARD), ("d.txt", FERRY))
+    put(home, engine, *texts)
+    with home.corpus(engine) as corpus:
+        nearest, *_ = corpus.search("When does the ferry leave?", 4)
+    policy = policy_of("cachefocus", keep=1, nearness=1e6)  # attention hardly counts
+    reply = question(home, engine, "When does the ferry leave?", policy=policy)
+    (kept,) = [source for source in reply.sources if source.is_read]
+    assert kept.text == nearest.text
+    with pytest.raises(ConfigError, match="does not prune"):
+        policy_of("plain", nearness=4.0)
+
+
 def test_a_policy_keeps_what_is_not_set() -> None:
     plain, pruned = policy_of("plain"), policy_of("cachefocus", keep=3)
     assert plain == PRESETS["plain"]()

@@ -103,7 +103,7 @@ def test_policies_have_different_names(bench: dict[str, ModuleType]) -> None:
     names = {entry.name for entry in made}
     assert len(names) == len(made)
     assert names >= policies.CORE | policies.CORE_REPAIRS
-    hint = policies.Hint((1.0, 0.0), 5)
+    hint = policies.Hint((1.0, 0.0), 5, (0.2, 0.1))
     assert {entry.make(hint).placement.window for entry in made} == {123}
 
 

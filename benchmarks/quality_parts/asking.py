@@ -146,6 +146,7 @@ class Opened:
         self.prefix = self.caches.prefix(form.prefix)
         self._behind: dict[str, list[KV]] = {"": self.rows}
         self._read: dict[int, tuple[DynamicCache, float]] = {}
+        self._similarities: dict[str, tuple[float, ...]] = {}
 
     def arrangement(self, question: str, behind: str = "") -> Arrangement:
         """The prompt as the engine composes it, of units that were encoded behind something or not."""
@@ -263,11 +264,19 @@ class Opened:
     def _work(self, begun: _Begun, entry: Entry, seed: int, *, timed: bool) -> Work[Result]:
         """One policy's answer."""
         needed = begun.asked.needed
-        policy = entry.make(Hint(tuple(float(i in needed) for i in range(len(self.units))), seed))
+        truth = tuple(float(i in needed) for i in range(len(self.units)))
+        policy = entry.make(Hint(truth, seed, self._near(begun.asked.question.text)))
         if entry.decoded:
             return self._decoded(begun, policy, timed=timed)
         prompt = self.arrangement(begun.asked.question.text, entry.behind)
         return self._looked(begun, prompt, policy, is_plain=entry.name == PLAIN, timed=timed)
+
+    def _near(self, question: str) -> tuple[float, ...]:
+        """Similarity of each unit to a question, by the words they share."""
+        if question not in self._similarities:
+            one, *others = numpy.array(HashedEmbedding()([question, *self.texts]))
+            self._similarities[question] = tuple(float(one @ other) for other in others)
+        return self._similarities[question]
 
     def _looked(
         self, begun: _Begun, arrangement: Arrangement, policy: Policy, *, is_plain: bool, timed: bool

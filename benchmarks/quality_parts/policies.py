@@ -10,7 +10,7 @@ from kvrag.focus import policy as presets
 from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.policy import Policy, SecondLook
-from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore, Scorer
+from kvrag.focus.pruning import AttentionScore, GivenScore, NearScore, Pruning, RandomScore, RankScore, Scorer
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
 from kvrag.focus.together import Together
 from kvrag_kernels import Group
@@ -20,13 +20,14 @@ KEEPS = (1, 2, 0.5)
 HEATS = Heats()
 TOGETHER: Together = "max"
 IN_HEATS = "keep 2 documents, best layer, heats"
+NEAR = "keep 2, best layer x similarity, heats"
 
 # What plots and claims rest on.
 CORE = frozenset(
     {
         *(PLAIN, "naive", "PCW", "APE .9/.9"),
         *("keep .5, sort", "keep .5, random", "keep .5, rank"),
-        *("keep 2, best layer", "keep 2, best layer, heats"),
+        *("keep 2, best layer", "keep 2, best layer, heats", NEAR, "keep 2, similarity"),
         *("encoded behind parts before", f"parts before + {IN_HEATS}"),
     }
 )
@@ -36,15 +37,17 @@ CORE_REPAIRS = frozenset({"EPIC 16", "query-driven .15, best layers", "parts bef
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What controls know of a question, and nobody else.
+    """What is known of a question beside its words.
 
     Attributes:
-        truth: for each unit, 1 if the answer needs it.
-        seed: another one for every question.
+        truth: for each unit, 1 if the answer needs it; for controls, and nobody else.
+        seed: another one for every question; for controls.
+        near: for each unit, its similarity to the question, as a retriever sees it.
     """
 
     truth: tuple[float, ...]
     seed: int
+    near: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ def _controls() -> list[Entry]:
         by: dict[str, Callable[[Hint], Scorer]] = {
             "random": lambda hint: RandomScore(hint.seed),
             "rank": lambda _: RankScore(),
+            "similarity": lambda hint: GivenScore(hint.near),
             "oracle": lambda hint: GivenScore(hint.truth),
         }
         made += [
@@ -183,7 +187,12 @@ def _best(scores: Scores) -> list[Entry]:
             for name, score, keep in made
         ),
         *(_fixed(name, "best layers", policy, least=2) for name, policy in _whole(scores).items()),
+        Entry(NEAR, "best layers", lambda hint: _near(scores.single, hint), least=2),
     ]
+
+
+def _near(score: AttentionScore, hint: Hint) -> Policy:
+    return _pruning(2, "sort", NearScore(hint.near, scorer=score), _from(score), heats=HEATS)
 
 
 def _whole(scores: Scores) -> dict[str, Policy]:

@@ -16,7 +16,7 @@ from kvrag.archive.cutting import MAX_TOKENS, Cutter
 from kvrag.archive.records import Archived
 from kvrag.archive.span import Mark, Span
 from kvrag.errors import ConfigError, CorpusLocked, StoreWriteError
-from kvrag.focus.scoring import AttentionScore, Scorer
+from kvrag.focus.scoring import AttentionScore, Scorer, nearness
 from kvrag.fresh import FreshRows
 from kvrag.memory.reading import StrideRows
 from kvrag.model import Model
@@ -209,7 +209,7 @@ class SpanRecalls:
         for layer, (mass, focus) in enumerate(zip(read.mass[:, own], read.focus[:, own], strict=True)):
             added = self._recall.scorer.score(layer, mass, focus)
             scores = [score + more for score, more in zip(scores, added, strict=True)]
-        weights = _nearness(candidates, self._recall.nearness)
+        weights = nearness([one.span.similarity for one in candidates], self._recall.nearness)
         return [score * weight for score, weight in zip(scores, weights, strict=True)]
 
     def note(self, stride: StrideRows) -> None:
@@ -325,13 +325,6 @@ def _prefix(talk: Talk) -> KV | None:
     first = next(iter(talk.pinned.table), None)
     is_beginning = first is not None and first.document is None and not (first.target or first.native)
     return first.kv if first is not None and is_beginning else None
-
-
-def _nearness(candidates: Sequence[_Candidate], power: float) -> list[float]:
-    """How near the search found each candidate, as a share of the nearest one, to a power."""
-    near = [max(0.0, one.span.similarity) for one in candidates]
-    most = max(near, default=0.0)
-    return [(one / most) ** power if most else 1.0 for one in near]
 
 
 def _confirmed(

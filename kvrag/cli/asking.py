@@ -53,6 +53,12 @@ def ask(
     rows: Annotated[
         Literal["question", "last"], typer.Option(help="Prune by the attention of these rows.")
     ] = "question",
+    nearness: Annotated[
+        float | None,
+        typer.Option(
+            help="Prune by the search's similarity, too; 4 is a good choice.", metavar="POWER", min=0
+        ),
+    ] = None,
     repair: Annotated[
         float | None, typer.Option(help="Share of the documents to read again.", metavar="SHARE")
     ] = None,
@@ -83,6 +89,7 @@ def ask(
         keep=parse_keep(keep),
         layers=pruned_by,
         rows=rows,
+        nearness=nearness,
         repair=repair,
         max_risk=max_risk,
         spans=spans,

@@ -16,7 +16,15 @@ from kvrag.focus.policy import (
     preset,
     query_driven,
 )
-from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore, Scorer
+from kvrag.focus.pruning import (
+    AttentionScore,
+    GivenScore,
+    NearScore,
+    Pruning,
+    RandomScore,
+    RankScore,
+    Scorer,
+)
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven, Repair
 from kvrag.focus.risk import Risk
 from kvrag_kernels import Group
@@ -30,6 +38,7 @@ __all__ = [
     "GivenScore",
     "Group",
     "Heats",
+    "NearScore",
     "Placed",
     "Placement",
     "Policy",

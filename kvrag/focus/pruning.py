@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvrag.errors import ConfigError
 from kvrag.focus.heats import Heats
-from kvrag.focus.scoring import AttentionScore, GivenScore, RandomScore, RankScore, Scorer
+from kvrag.focus.scoring import AttentionScore, GivenScore, NearScore, RandomScore, RankScore, Scorer
 from kvrag.focus.together import Together, check
 
-__all__ = ["AttentionScore", "GivenScore", "Pruning", "RandomScore", "RankScore", "Scorer"]
+__all__ = ["AttentionScore", "GivenScore", "NearScore", "Pruning", "RandomScore", "RankScore", "Scorer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class Pruning:
         drop: documents dropped at once; None: as many as reach `keep` in the last prune.
         below: drop what scores below this share of the best score instead, never fewer left than `keep`.
         scorer: what decides; the lowest running score goes first, at equal scores the later document.
+        nearness: how much the similarity that the retriever saw counts beside it, see `NearScore`; 0: not at
+            all. It is known where kvrag itself searches (`kvrag.ask`, `kvrag ask`), or given by `nearer`.
         heats: what happens before where documents do not fit into the window; None: they share positions.
         together: chunks of one source are kept or dropped together, by the "sum" of their scores or the
             "max"; `keep` and `drop` then count sources. None: each on its own.
@@ -40,6 +42,7 @@ class Pruning:
     drop: int | None = None
     below: float | None = None
     scorer: Scorer = field(default_factory=AttentionScore)
+    nearness: float = 0.0
     heats: Heats | None = None
     together: Together | None = None
 
@@ -53,9 +56,18 @@ class Pruning:
             raise ConfigError(f"every={self.every}, drop={self.drop}: expected at least 1")
         if self.start is not None and self.start < 1:
             raise ConfigError(f"start={self.start}: the first layer has to attend before there are scores")
+        if not self.nearness >= 0:
+            raise ConfigError(f"nearness={self.nearness}: expected 0 or more")
         check(self.together)
         if self.below is not None and not 0 < self.below <= 1:
             raise ConfigError(f"below={self.below}: expected a share of the best score, above 0 up to 1")
+
+    def nearer(self, similarities: Sequence[float]) -> Pruning:
+        """The same for documents, in retrieval order, that the retriever found so similar to the question."""
+        if not self.nearness:
+            return self
+        scorer = NearScore(tuple(similarities), self.nearness, self.scorer)
+        return replace(self, scorer=scorer, nearness=0.0)
 
     def num_kept(self, num_documents: int) -> int:
         """Documents left at the end."""

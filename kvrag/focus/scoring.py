@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -104,13 +104,65 @@ class GivenScore:
         return GivenScore(tuple(self.scores[number] for number in documents))
 
 
+@dataclass(frozen=True, slots=True)
+class NearScore:
+    """Attention times the similarity that the retriever saw, as a share of the greatest, to a power.
+
+    A search by words or vectors and a model's attention are misled by different look-alikes: what both find
+    is the right document more often than what either finds alone. Not in the papers; docs/policies.md says
+    what it brings.
+
+    Attributes:
+        similarities: of each document to the question, in retrieval order; what is below 0 counts as 0.
+        power: how much the search counts; 0: attention alone.
+        scorer: whose attention.
+    """
+
+    similarities: tuple[float, ...]
+    power: float = 4.0
+    scorer: Scorer = field(default_factory=AttentionScore)
+
+    def __post_init__(self) -> None:
+        """Refuse a power without a meaning."""
+        if not self.power >= 0:
+            raise ConfigError(f"power={self.power}: expected 0 or more")
+
+    def score(self, layer: int, mass: torch.Tensor, focus: torch.Tensor) -> Sequence[float]:
+        """See `Scorer`."""
+        if len(self.similarities) != len(mass):
+            raise ConfigError(f"{len(self.similarities)} similarities for {len(mass)} documents")
+        seen = self.scorer.score(layer, mass, focus)
+        weights = nearness(self.similarities, self.power)
+        return [score * weight for score, weight in zip(seen, weights, strict=True)]
+
+    def among(self, documents: Sequence[int]) -> NearScore:
+        """The same for some of the documents."""
+        if max(documents, default=-1) >= len(self.similarities):
+            raise ConfigError(f"{len(self.similarities)} similarities for more documents")
+        near = tuple(self.similarities[number] for number in documents)
+        return NearScore(near, self.power, among(self.scorer, documents))
+
+
+def nearness(similarities: Sequence[float], power: float) -> list[float]:
+    """Similarities as shares of the greatest one, to a power; all 1 if none is above 0.
+
+    >>> nearness([0.8, 0.4, -0.1], 2.0)
+    [1.0, 0.25, 0.0]
+    """
+    near = [max(0.0, similarity) for similarity in similarities]
+    most = max(near, default=0.0)
+    return [(one / most) ** power if most else 1.0 for one in near]
+
+
 def among(scorer: Scorer, documents: Sequence[int]) -> Scorer:
     """A scorer for some of a prompt's documents, by number."""
-    return scorer.among(documents) if isinstance(scorer, GivenScore) else scorer
+    return scorer.among(documents) if isinstance(scorer, GivenScore | NearScore) else scorer
 
 
 def depth_of(scorer: Scorer) -> int | None:
     """Layers behind which nothing is added to scores that could change their order; None: not known."""
+    if isinstance(scorer, NearScore):
+        return depth_of(scorer.scorer)
     if isinstance(scorer, AttentionScore):
         return None if scorer.layers is None else max(scorer.layers, default=0) + 1
     return 1 if isinstance(scorer, RankScore | RandomScore | GivenScore) else None

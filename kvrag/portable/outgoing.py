@@ -137,7 +137,9 @@ def _write(
             if progress is not None:
                 progress(done, len(wanted))
         uncached = records - sum(key_id in store for key_id in named.values())
-        writer.finish(None if key is None else lambda digest: _signed(key, digest), seal and seal.seal)
+        writer.finish(
+            None if key is None else lambda digest: _signed(key, digest), None if seal is None else seal.seal
+        )
     finally:
         writer.close()
         references.close()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvrag.errors import ConfigError
 from kvrag.focus.policy import SecondLook
-from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore
+from kvrag.focus.pruning import AttentionScore, GivenScore, NearScore, Pruning, RandomScore, RankScore, Scorer
+from kvrag.focus.scoring import depth_of
 
 
 def survivors_by_layer(pruning: Pruning, num_layers: int, scores: list[float]) -> list[list[int]]:
@@ -84,6 +85,8 @@ def test_as_many_as_asked_are_left_and_they_are_the_best(
         {"start": 0},
         {"below": 0.0},
         {"below": 2.0},
+        {"nearness": -1.0},
+        {"nearness": float("nan")},
     ],
 )
 def test_settings_without_a_meaning_are_refused(wrong: dict[str, float]) -> None:
@@ -105,6 +108,36 @@ def test_scores() -> None:
         GivenScore((1.0, 2.0, 3.0)).score(0, mass, focus)
     with pytest.raises(ConfigError, match="rows='all'"):
         AttentionScore(rows="all")  # type: ignore[arg-type]
+
+
+def test_the_search_and_attention_decide_together() -> None:
+    mass = torch.tensor([[0.2, 0.4], [0.1, 0.7], [0.3, 0.3]])
+    near = NearScore((0.4, 0.8, -0.3), power=2.0)
+    assert near.score(0, mass, mass) == pytest.approx([0.3 * 0.25, 0.4, 0.0])
+    assert near.among([2, 0]).score(0, mass[[2, 0]], mass[[2, 0]]) == pytest.approx([0.0, 0.3])
+    assert NearScore((0.4, 0.8, 0.1), power=0.0).score(0, mass, mass) == AttentionScore().score(0, mass, mass)
+    assert NearScore((-1.0, 0.0, -2.0)).score(0, mass, mass) == AttentionScore().score(0, mass, mass)
+    with pytest.raises(ConfigError, match="2 similarities for 3 documents"):
+        NearScore((0.1, 0.2)).score(0, mass, mass)
+    with pytest.raises(ConfigError, match="similarities for more documents"):
+        near.among([3])
+    with pytest.raises(ConfigError, match="power=-1"):
+        NearScore((0.1,), power=-1.0)
+
+
+def test_similarities_are_given_to_a_pruning_that_wants_them() -> None:
+    given = GivenScore((1.0, 2.0))
+    pruning = Pruning(keep=1, scorer=given, nearness=3.0).nearer([0.5, 0.25])
+    assert pruning == Pruning(keep=1, scorer=NearScore((0.5, 0.25), 3.0, given))
+    assert Pruning(keep=1, scorer=given).nearer([0.5, 0.25]) == Pruning(keep=1, scorer=given)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "depth"),
+    [(AttentionScore((1, 3)), 4), (AttentionScore(), None), (GivenScore((1.0,)), 1), (RankScore(), 1)],
+)
+def test_a_search_adds_no_depth(scorer: Scorer, depth: int | None) -> None:
+    assert depth_of(scorer) == depth_of(NearScore((1.0,), scorer=scorer)) == depth
 
 
 def test_a_second_look_has_the_same_bounds() -> None:
