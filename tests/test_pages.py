@@ -13,10 +13,13 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 TYPED = ("tutorial", "tenants")
 PYTHON = {  # and what it prints
+    "archive": "The hobby of Neiia Kleiski is rowing.",
+    "chat": "The hobby of Neiia Kleiski is rowing.",
     "own-documents": "judo",
     "own-model": "recommended: ",
     "pictures": "segments.png",
     "policies": "Naihaven",
+    "sessions": "Naihaven",
 }
 
 
