@@ -188,6 +188,24 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
         run(replace(case, dtype=dtype), move_rows, "cuda")
 
 
+@pytest.mark.gpu
+def test_a_hundred_runs_on_a_gpu_are_equal_bit_for_bit() -> None:
+    memory = make(Case(slots=4000, fresh=700, moved=1500, heads=8, dim=128, value_dim=128, pairs=64))
+    places = Places(memory.places.slots.cuda(), memory.places.sources.cuda(), memory.places.num_before)
+    first: list[torch.Tensor] | None = None
+    for _ in range(100):
+        on = {t.data_ptr(): t.cuda() for x in memory.rows for t in (x.into, x.held)}
+        rows = [
+            replace(x, into=on[x.into.data_ptr()], held=on[x.held.data_ptr()], fresh=x.fresh.cuda())
+            for x in memory.rows
+        ]
+        with using("triton"):
+            move_rows(rows, places)
+        found = [x.into.clone() for x in rows]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
 def test_slots_may_change_places() -> None:
     x = torch.arange(8.0).view(1, 4, 2)
     places = Places(torch.tensor([0, 3, 1]), torch.tensor([[[3, 0, 1]]]), 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,10 +23,12 @@ from kvrag_kernels.strided_prefill import (
     columns,
     cpu,
     ema_weights,
+    gathered,
     reduce_heads,
     rowwise,
     strided_prefill,
     strided_prefill_cpu,
+    strided_prefill_gathered,
     strided_prefill_reference,
     strided_prefill_rowwise,
 )
@@ -219,24 +222,58 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "_COLUMNS", 16)
     monkeypatch.setattr(columns, "_ROWS", 20)
     monkeypatch.setattr(rowwise, "_CELLS", 1000)
+    monkeypatch.setattr(gathered, "_CELLS", 1000)
+    monkeypatch.setattr(gathered, "_LEAST_ROWS", 1)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("poisoned", "small_blocks")
-def test_paths_in_pytorch_are_a_dense_softmax(case: Case) -> None:
+def test_paths_in_pytorch_are_a_dense_softmax(case: Case, dtype: torch.dtype | None) -> None:
+    case = replace(case, dtype=dtype or case.dtype)
     given = make(case)
     expected = dense(given)
     call = (given.query, given.segments, given.turn)
     assert_close(strided_prefill_reference(*call, **given.arguments), expected, case.dtype)
     assert_close(strided_prefill_rowwise(*call, **given.arguments), expected, case.dtype)
     assert_close(strided_prefill(*call, **given.arguments), expected, case.dtype)
+    arguments = {name: value for name, value in given.arguments.items() if name != "softcap"}
     if cpu.is_supported(given.query, given.segments, case.softcap):
-        arguments = {name: value for name, value in given.arguments.items() if name != "softcap"}
         assert_close(strided_prefill_cpu(*call, **arguments), expected, case.dtype)
+    if case.softcap is None and case.batch == 1:
+        assert gathered.is_supported(given.query, given.segments, given.turn)
+        assert_close(strided_prefill_gathered(*call, **arguments), expected, case.dtype)
     if given.scoring is not None:
         for score in (column_scores, column_scores_reference, column_scores_blockwise):
             found = score(*call, expected.lse.float(), given.scoring, scale=SCALE, softcap=case.softcap)
             assert_near(found, expected.scores, case.dtype)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.usefixtures("poisoned", "small_blocks")
+def test_scores_whose_exponentials_would_overflow(sinks: bool) -> None:
+    """A maximum is looked for where exponents could leave float32."""
+    given = make(Case(21, sinks=sinks))
+    given = replace(given, query=given.query * 300)
+    expected = dense(given)
+    assert float(expected.lse.abs().max()) > 200
+    arguments = {name: value for name, value in given.arguments.items() if name != "softcap"}
+    found = strided_prefill_gathered(given.query, given.segments, given.turn, **arguments)
+    # Scores of hundreds are known to hundreds of times float32's step, and so are their exponentials.
+    for name in ("out", "lse", "mass", "scores"):
+        away = (getattr(found, name).double() - getattr(expected, name)).norm()
+        assert away / getattr(expected, name).norm() < 2e-3, name
+
+
+def test_segments_that_are_turned_unlike_places_are_not_gathered() -> None:
+    given = make(Case(9, lengths=(5, 7)))
+    assert given.turn is not None
+    assert gathered.is_supported(given.query, given.segments, given.turn)
+    cos, sin = given.turn.cos.clone(), given.turn.sin.clone()
+    cos[0, -1], sin[0, -1] = given.turn.cos[0, 0], given.turn.sin[0, 0]  # as if the row stood elsewhere
+    elsewhere = replace(given.turn, cos=cos, sin=sin)
+    assert not gathered.is_supported(given.query, given.segments, elsewhere)
+    assert not gathered.is_supported(given.query.requires_grad_(), given.segments, given.turn)
 
 
 @pytest.mark.usefixtures("poisoned", "small_blocks")
@@ -292,6 +329,54 @@ def test_kernels_are_a_dense_softmax(case: Case, monkeypatch: pytest.MonkeyPatch
     assert_close(found, dense(given), case.dtype)
 
 
+def drawn(dim: int, seed: int, longest: int) -> Case:
+    """Odd lengths, and query heads to a key head as they come."""
+    draw = random.Random(seed)
+    lengths = tuple(2 * draw.randrange(longest) + 1 for _ in range(draw.randrange(1, 4)))
+    kv_heads, total = draw.randrange(1, 3), sum(lengths)
+    rows = draw.randrange(1, longest + 2)
+    case = Case(
+        rows,
+        lengths,
+        heads=kv_heads * draw.randrange(1, 6),
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=draw.choice([None, dim - 15]),
+        interleaved=draw.random() < 0.5,
+        columns=((total // 3, total + rows),),
+    )
+    print(case)
+    return case
+
+
+HEADS = pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 160, 192, 256])
+
+
+@HEADS
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("poisoned", "small_blocks")
+def test_heads_of_models_and_any_group_of_them(dim: int, dtype: torch.dtype, fresh_numbers: int) -> None:
+    case = replace(drawn(dim, fresh_numbers, 30), dtype=dtype)
+    given = make(case)
+    call, expected = (given.query, given.segments, given.turn), dense(given)
+    for path in (strided_prefill, strided_prefill_reference, strided_prefill_rowwise):
+        assert_close(path(*call, **given.arguments), expected, dtype)
+
+
+@needs_triton
+@HEADS
+@pytest.mark.usefixtures("poisoned")
+def test_heads_of_models_in_the_kernels(
+    dim: int, fresh_numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvrag_kernels.strided_prefill import launch
+
+    monkeypatch.setattr(launch.Tiles, "of", lambda dim, dtype: launch.Tiles(16, 32))
+    given = make(drawn(dim, fresh_numbers, 12))
+    found = launch.strided_prefill_triton(given.query, given.segments, given.turn, **given.arguments)
+    assert_close(found, dense(given), torch.float32)
+
+
 @needs_triton
 @pytest.mark.usefixtures("poisoned", "triton_backend")
 def test_the_backend_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +416,16 @@ def test_kernels_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
         case, rows=case.rows * 9, lengths=tuple(11 * n for n in case.lengths), dtype=dtype, columns=None
     )
     given = make(case, "cuda")
+    with using("triton"):
+        found = strided_prefill(given.query, given.segments, given.turn, **given.arguments)
+    assert_close(found, dense(given), dtype)
+
+
+@pytest.mark.gpu
+@HEADS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_of_models_on_a_gpu(dim: int, dtype: torch.dtype, fresh_numbers: int) -> None:
+    given = make(replace(drawn(dim, fresh_numbers, 700), dtype=dtype), "cuda")
     with using("triton"):
         found = strided_prefill(given.query, given.segments, given.turn, **given.arguments)
     assert_close(found, dense(given), dtype)

@@ -65,9 +65,17 @@ def _gathered(
 def _picked(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """[K, m, D] of places [K or 1, m]; zeros if there is nothing to pick from."""
     every = places.expand(len(rows), -1)
-    if not rows.shape[1]:
-        return rows.new_zeros((*every.shape, rows.shape[2]))
-    return rows.gather(1, every[..., None].expand(-1, -1, rows.shape[2]))
+    heads, num_rows, dim = rows.shape
+    if not num_rows:
+        return rows.new_zeros((*every.shape, dim))
+    head, row, channel = rows.stride()
+    if channel != 1 or not row or head % row:
+        return rows.gather(1, every[..., None].expand(-1, -1, dim))
+    # All heads as rows of one table: picking whole rows is several times as fast as picking elements.
+    apart = head // row
+    flat = rows.as_strided((apart * (heads - 1) + num_rows, dim), (row, 1))
+    at = every + torch.arange(0, apart * heads, max(1, apart), device=every.device)[:heads, None]
+    return flat.index_select(0, at.reshape(-1)).view(*every.shape, dim)
 
 
 def turn_by(spin: Spin, distances: torch.Tensor) -> Turn:

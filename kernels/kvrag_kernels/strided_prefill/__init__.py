@@ -8,9 +8,10 @@ import torch
 
 from kvrag_kernels._backend import backend
 from kvrag_kernels.segment_attention.types import Rows, Turn
-from kvrag_kernels.strided_prefill import cpu
+from kvrag_kernels.strided_prefill import cpu, gathered
 from kvrag_kernels.strided_prefill.columns import column_scores_blockwise
 from kvrag_kernels.strided_prefill.cpu import strided_prefill_cpu
+from kvrag_kernels.strided_prefill.gathered import strided_prefill_gathered
 from kvrag_kernels.strided_prefill.reference import column_scores_reference, strided_prefill_reference
 from kvrag_kernels.strided_prefill.rowwise import strided_prefill_rowwise
 from kvrag_kernels.strided_prefill.types import Reduction, Scoring, Strided, ema_weights, reduce_heads
@@ -26,6 +27,7 @@ __all__ = [
     "reduce_heads",
     "strided_prefill",
     "strided_prefill_cpu",
+    "strided_prefill_gathered",
     "strided_prefill_reference",
     "strided_prefill_rowwise",
 ]
@@ -76,6 +78,8 @@ def strided_prefill(
             return launch.strided_prefill_triton(
                 query, segments, turn, scale=scale, softcap=softcap, sinks=sinks, scoring=scoring
             )
+    elif softcap is None and gathered.is_supported(query, segments, turn):
+        return strided_prefill_gathered(query, segments, turn, scale=scale, sinks=sinks, scoring=scoring)
     elif cpu.is_supported(query, segments, softcap):
         return strided_prefill_cpu(query, segments, turn, scale=scale, sinks=sinks, scoring=scoring)
     return strided_prefill_rowwise(
