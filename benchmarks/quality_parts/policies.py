@@ -10,7 +10,7 @@ from kvrag.focus import policy as presets
 from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
 from kvrag.focus.policy import Policy, SecondLook
-from kvrag.focus.pruning import AttentionScore, GivenScore, NearScore, Pruning, RandomScore, RankScore, Scorer
+from kvrag.focus.pruning import AttentionScore, GivenScore, Pruning, RandomScore, RankScore, Scorer
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
 from kvrag.focus.together import Together
 from kvrag_kernels import Group
@@ -20,7 +20,7 @@ KEEPS = (1, 2, 0.5)
 HEATS = Heats()
 TOGETHER: Together = "max"
 IN_HEATS = "keep 2 documents, best layer, heats"
-NEAR = "keep 2, best layer x similarity, heats"
+NEAR = "best layer x similarity, heats"
 
 # What plots and claims rest on.
 CORE = frozenset(
@@ -192,7 +192,11 @@ def _best(scores: Scores) -> list[Entry]:
 
 
 def _near(score: AttentionScore, hint: Hint) -> Policy:
-    return _pruning(2, "sort", NearScore(hint.near, scorer=score), _from(score), heats=HEATS)
+    """One document, and those that come near it; two of each heat go on."""
+    pruning = Pruning(
+        keep=1, below=0.5, scorer=score, nearness=4.0, start=_from(score), heats=Heats(winners=2)
+    )
+    return Policy(name="cachefocus", placement=Placement(order="sort"), pruning=pruning.nearer(hint.near))
 
 
 def _whole(scores: Scores) -> dict[str, Policy]:
