@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quality_parts.policies import FULL, PLAIN
+from quality_parts.policies import FULL, NEAR, PLAIN
 from quality_parts.summary import ALL, rows_of
 
 # Cells of fewer questions say nothing and are not shown.
@@ -109,6 +109,7 @@ def _beyond(m: Measured) -> Iterator[Verdict]:
         (CACHEFOCUS, "CacheFocus, half of the units kept, stays level (under 2 points)"),
         (FOCUSED, "CacheFocus with the best layer, two units kept, stays level (under 2 points)"),
         (HEATED, "the same with heats beyond the window stays level (under 2 points)"),
+        (NEAR, "the best layer times the search's similarity, in heats, stays level (under 2 points)"),
     ):
         num = max((n for n in m.beyond if m.cell(policy, n, "one")), default=most)
         before, after = m.cell(policy, inside, "one"), m.cell(policy, num, "one")
@@ -120,7 +121,7 @@ def _beyond(m: Measured) -> Iterator[Verdict]:
             f"one-document questions, {inside} to {far if num == most else f'{num} documents'}: "
             f"{100 * share(before):.1f} to {100 * share(after):.1f} %, a fall of {points(drop, low, high)}"
         )
-        yield Verdict(claim, "ours" if policy in (PLAIN, HEATED) else "CacheFocus", verdict, evidence)
+        yield Verdict(claim, "ours" if policy in (PLAIN, HEATED, NEAR) else "CacheFocus", verdict, evidence)
 
 
 def _inside(m: Measured) -> Iterator[Verdict]:

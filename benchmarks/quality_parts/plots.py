@@ -8,7 +8,7 @@ from typing import Any
 
 from quality_parts.claims import LEAST
 from quality_parts.contexts import KINDS
-from quality_parts.policies import FULL, PLAIN, TRUNCATED
+from quality_parts.policies import FULL, NEAR, PLAIN, TRUNCATED
 from quality_parts.summary import rows_of
 
 # One line for each family; more would not be readable.
@@ -22,6 +22,7 @@ SHOWN = (
     ("keep .5, sort", "tab:green", "-"),
     ("keep 2, best layer", "tab:green", "--"),
     ("keep 2, best layer, heats", "tab:olive", "--"),
+    (NEAR, "tab:gray", "-"),
     ("second look, keep 2, squared", "tab:olive", "-"),
     ("EPIC 16", "tab:purple", "--"),
     ("query-driven .15, best layers", "tab:orange", "-"),
