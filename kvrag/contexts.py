@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
+from kvrag.chroma_rows import Record
 from kvrag.config import ALONE, Context
 from kvrag.errors import ConfigError, DocumentTooLong, EmptyDocument, InputError
-from kvrag.index import Index, Record
+from kvrag.index import Index
 from kvrag.items import (
     FROM_FIELD,
     KEY_FIELD,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from kvrag.chroma_rows import Hit, Record
 from kvrag.config import Context
 from kvrag.contexts import Contexts
 from kvrag.errors import (
@@ -18,7 +19,7 @@ from kvrag.errors import (
     InputError,
 )
 from kvrag.following import Followers
-from kvrag.index import Hit, Index, Metadata, Record, already_there
+from kvrag.index import Index, Metadata, already_there
 from kvrag.items import KEY_FIELD, Encoder, Item, clean
 from kvrag.known import MAX_CHARS, KnownTexts
 from kvrag.lockstep import Lockstep, Progress

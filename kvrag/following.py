@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from kvrag.index import Record
+from kvrag.chroma_rows import Record
 from kvrag.known import KnownTexts, Resolver
 
 _PAGE = 1000

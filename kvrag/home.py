@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvrag.archive.archive import Archive
+from kvrag.collection import Embedding
 from kvrag.config import ALONE, BEFORE, Context, store_key
 from kvrag.corpus import Corpus
 from kvrag.documents import Document, split
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, InputError
-from kvrag.index import Embedding, Index
+from kvrag.index import Index
 from kvrag.lockstep import Progress
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt

@@ -25,7 +25,7 @@ from kvrag.worker import Worker
 if TYPE_CHECKING:  # an engine without an archive does without Chroma
     from kvrag.archive.archive import Archive
     from kvrag.archive.recall import Recall
-    from kvrag.index import Embedding
+    from kvrag.collection import Embedding
 
 _USUAL_BUDGET = 4096
 

@@ -5,60 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import chromadb
 import numpy as np
 from chromadb.api.client import Client
-from chromadb.api.types import Documents, EmbeddingFunction, validate_metadata
+from chromadb.api.types import validate_metadata
 from chromadb.errors import ChromaError, NotFoundError
-from chromadb.utils.embedding_functions import known_embedding_functions
 
-from kvrag.database import FolderDatabase, ServerDatabase, open_database
-from kvrag.embedding import HashedEmbedding
-from kvrag.errors import ConfigError, CorpusError, DuplicateDocument, InputError
+from kvrag.chroma_rows import Hit, Record, hits_in, records_in, rows_in
+from kvrag.collection import Database, Embedding, open_collection, space_of
+from kvrag.database import open_database
+from kvrag.errors import ConfigError, DuplicateDocument, InputError
 
 Metadata = Mapping[str, Any]
-Embedding = EmbeddingFunction[Documents]
-_Database = FolderDatabase | ServerDatabase
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 _T = TypeVar("_T")
 _PAGE = 1000
 _CONTEXT = "kvrag_context"
-# With Chroma's defaults (100, 100, 16) the graph loses records among near-duplicates: of 1,300 that differ
-# in one word, 21 in 100 were not found by their own text; with these 9. Of more varied ones it is 1 in 100.
-_GRAPH = {"ef_construction": 200, "ef_search": 200, "max_neighbors": 32}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One text of the collection."""
-
-    id: str
-    text: str
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A text that was found.
-
-    Attributes:
-        id: of its record.
-        text: of its record.
-        metadata: of its record.
-        distance: in the collection's own measure; the nearer, the smaller.
-        similarity: the cosine of the angle to what was searched for, if the vectors are unit vectors or the
-            measure is the cosine.
-    """
-
-    id: str
-    text: str
-    metadata: dict[str, Any]
-    distance: float
-    similarity: float
 
 
 class Index:
@@ -70,7 +35,7 @@ class Index:
     process an index may be used from any thread.
     """
 
-    def __init__(self, database: _Database, name: str, embedding: Embedding | None) -> None:
+    def __init__(self, database: Database, name: str, embedding: Embedding | None) -> None:
         self._database = database
         self._name = name
         self._embedding = embedding
@@ -242,7 +207,7 @@ class Index:
         found: dict[str, Record] = {}
         with self._reading() as collection:
             for batch in self._batches(list(dict.fromkeys(ids))):
-                found.update((record.id, record) for record in _records(collection.get(ids=batch)))
+                found.update((record.id, record) for record in records_in(collection.get(ids=batch)))
         return [found[i] for i in ids if i in found]
 
     def records(self) -> Iterator[Record]:
@@ -254,7 +219,7 @@ class Index:
 
     def _page(self, offset: int) -> list[Record]:
         with self._reading() as collection:
-            return _records(collection.get(limit=_PAGE, offset=offset))
+            return records_in(collection.get(limit=_PAGE, offset=offset))
 
     def records_with_vectors(
         self, where: Mapping[str, Any] | None = None
@@ -267,7 +232,7 @@ class Index:
                 found = collection.get(
                     where=cast(Any, where), limit=_PAGE, offset=offset, include=cast(Any, everything)
                 )
-            page, vectors = _records(found), found["embeddings"]
+            page, vectors = records_in(found), found["embeddings"]
             if not page:
                 return
             yield from zip(page, [None] * len(page) if vectors is None else vectors, strict=True)
@@ -305,7 +270,7 @@ class Index:
     def matching(self, where: Mapping[str, Any]) -> list[Record]:
         """All records that a Chroma filter on metadata lets through."""
         with self._reading() as collection:
-            return _records(collection.get(where=cast(Any, where)))
+            return records_in(collection.get(where=cast(Any, where)))
 
     def nearest(self, ids: Sequence[str], k: int) -> dict[str, list[Record]]:
         """The `k` records nearest to each of these, nearest first, by the vectors that Chroma has of them.
@@ -320,7 +285,7 @@ class Index:
                     near = collection.query(
                         query_embeddings=there["embeddings"], n_results=k, include=["documents", "metadatas"]
                     )
-                    found.update(zip(there["ids"], _rows_of_records(near), strict=True))
+                    found.update(zip(there["ids"], rows_in(near), strict=True))
         return found
 
     @property
@@ -360,16 +325,7 @@ class Index:
             raise InputError(f"k={k}: expected at least 1")
         with self._reading() as collection:
             found = collection.query(query_texts=[query], n_results=k, where=cast(Any, where))
-            scale = 0.5 if _space(collection) == "l2" else 1.0  # Chroma's l2 is the squared distance
-        texts, metadatas, distances = found["documents"], found["metadatas"], found["distances"]
-        if texts is None or metadatas is None or distances is None:
-            raise CorpusError("Chroma's answer lacks documents, metadata or distances")
-        return [
-            Hit(i, text, dict(metadata or {}), float(distance), 1 - scale * float(distance))
-            for i, text, metadata, distance in zip(
-                found["ids"][0], texts[0], metadatas[0], distances[0], strict=True
-            )
-        ]
+        return hits_in(found, space_of(collection))
 
     def count(self) -> int:
         """How many records there are."""
@@ -414,7 +370,7 @@ class Index:
     def _collection(self, client: Client) -> chromadb.Collection:
         """The collection by this client, which is another one after the folder was opened anew."""
         if self._lent is None or self._lent[0] is not client:
-            self._lent = client, _collection(self._database, client, self._name, self._embedding)
+            self._lent = client, open_collection(self._database, client, self._name, self._embedding)
         return self._lent[1]
 
     def _batches(self, items: Sequence[_T]) -> Iterator[list[_T]]:
@@ -436,88 +392,3 @@ def already_there(ids: Iterable[str]) -> str:
     ids = sorted(ids)
     names = ", ".join(map(repr, ids[:3])) + (" ..." if len(ids) > 3 else "")
     return f"the corpus already holds {len(ids)} of these ids: {names}; use upsert to replace"
-
-
-def _records(found: chromadb.GetResult) -> list[Record]:
-    texts = found["documents"] or [""] * len(found["ids"])
-    metadatas = found["metadatas"] or [{}] * len(found["ids"])
-    rows = zip(found["ids"], texts, metadatas, strict=True)
-    return [Record(i, text or "", dict(metadata or {})) for i, text, metadata in rows]
-
-
-def _rows_of_records(found: chromadb.QueryResult) -> Iterator[list[Record]]:
-    texts, metadatas = found["documents"], found["metadatas"]
-    if texts is None or metadatas is None:
-        raise CorpusError("Chroma's answer lacks documents or metadata")
-    for row in zip(found["ids"], texts, metadatas, strict=True):
-        yield [Record(i, text or "", dict(metadata or {})) for i, text, metadata in zip(*row, strict=True)]
-
-
-def _collection(
-    database: _Database, client: Client, name: str, embedding: Embedding | None
-) -> chromadb.Collection:
-    try:
-        try:
-            found = client.get_collection(name, embedding_function=None)
-        except NotFoundError:
-            client = _create(database, name, embedding)
-            found = client.get_collection(name, embedding_function=None)
-        agreed = _agreed_embedding(found, embedding)
-        return client.get_collection(name, embedding_function=cast(Any, agreed))
-    except ConfigError:
-        raise
-    except (ChromaError, ValueError) as error:
-        raise ConfigError(f"cannot open the collection {name!r}: {error}") from error
-
-
-def _space(collection: chromadb.Collection) -> str:
-    """What the collection's graph measures distances by."""
-    noted = collection.configuration_json
-    graph = noted.get("hnsw") or noted.get("spann") or {}
-    return str(graph.get("space") or "l2")
-
-
-def _create(database: _Database, name: str, embedding: Embedding | None) -> Client:
-    database.begin_writing()
-    try:
-        with database.writing() as client:
-            chosen = embedding or HashedEmbedding()
-            # Named, because Chroma does not ask the embedding once it is told anything of the graph.
-            graph = {"space": chosen.default_space(), **_GRAPH}
-            client.get_or_create_collection(
-                name, embedding_function=cast(Any, chosen), configuration=cast(Any, {"hnsw": graph})
-            )
-            return client
-    finally:
-        database.end_writing()
-
-
-def _agreed_embedding(collection: chromadb.Collection, given: Embedding | None) -> Embedding:
-    """The given embedding, or the collection's own; Chroma itself would not compare their settings.
-
-    Raises:
-        ConfigError: they differ, or there is none.
-    """
-    noted = collection.configuration_json.get("embedding_function") or {}
-    name, config = noted.get("name"), noted.get("config") or {}
-    if given is None:
-        if name not in known_embedding_functions:
-            raise ConfigError(
-                f"the collection {collection.name!r} was made with the embedding {name!r}, which is unknown "
-                "here: give the same one as embedding=..., or import the module that registers it"
-            )
-        return cast(Embedding, known_embedding_functions[name].build_from_config(config))
-    if name is None:
-        return given  # made by a version, or with a function, that notes nothing: nothing to compare
-    if given.name() != name:
-        raise ConfigError(
-            f"the collection {collection.name!r} was made with the embedding {name!r}, not {given.name()!r}: "
-            "give that one, or choose another collection"
-        )
-    try:
-        given.validate_config_update(config, given.get_config())
-    except ValueError as error:
-        raise ConfigError(
-            f"the collection {collection.name!r} has this embedding set up otherwise: {error}"
-        ) from error
-    return given

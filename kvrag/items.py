@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from kvrag.chroma_rows import Record
 from kvrag.config import MAX_SIMILAR
-from kvrag.index import Record
 from kvrag.parts import DOCUMENT_FIELD, PART_FIELD, part_of
 from kvrag.segments import KV
 from kvrag.store.key import EntryKey, Fingerprint

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvrag.index import Index, Record
+from kvrag.chroma_rows import Record
+from kvrag.index import Index
 
 DOCUMENT_FIELD = "kvrag_document"
 """The metadata field that names the document whose part a record is; lacking if it is none's."""

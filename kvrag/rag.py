@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from kvrag.answer import Answer, DocumentUse
+from kvrag.chroma_rows import Hit
 from kvrag.citations import Span
 from kvrag.config import Sampling
 from kvrag.corpus import Corpus
@@ -15,7 +16,6 @@ from kvrag.errors import ConfigError, GenerationCancelled, InputError
 from kvrag.focus.policy import Policy, preset
 from kvrag.focus.pruning import AttentionScore, Pruning
 from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
-from kvrag.index import Hit
 from kvrag.prompt import RagPrompt
 from kvrag.streams import AnswerStream
 

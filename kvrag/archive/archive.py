@@ -15,8 +15,10 @@ from typing import Any
 
 from kvrag.archive.records import Archived, Names
 from kvrag.archive.span import Span
+from kvrag.chroma_rows import Record
+from kvrag.collection import Embedding
 from kvrag.errors import CorpusLocked, InputError, StoreWriteError
-from kvrag.index import Embedding, Index, Record
+from kvrag.index import Index
 from kvrag.items import KEY_FIELD
 from kvrag.reports import Deletion
 from kvrag.segments import KV

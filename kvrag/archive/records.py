@@ -27,7 +27,7 @@ class Archived:
         role: who says its first token.
         text: what it says.
         tokens: all of them.
-        similarity: to what was searched for, see `kvrag.index.Hit`.
+        similarity: to what was searched for, see `kvrag.chroma_rows.Hit`.
     """
 
     session: str

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from kvrag.chroma_rows import Record
 from kvrag.config import store_key
 from kvrag.errors import CacheMiss, ConfigError, InputError
 from kvrag.home import Home
-from kvrag.index import Index, Record
+from kvrag.index import Index
 from kvrag.lockstep import Progress
 from kvrag.portable import signing
 from kvrag.portable.archive import HEAD, MAX_JSON, Writer, entry_names, records_name

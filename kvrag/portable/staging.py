@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from kvrag.chroma_rows import Record
 from kvrag.config import Context
 from kvrag.errors import CacheMiss, InputError
 from kvrag.home import Home, Settings
-from kvrag.index import Index, Record, Vector
+from kvrag.index import Index, Vector
 from kvrag.lockstep import Progress, batches
 from kvrag.portable.archive import HEAD, MANIFEST, Archive, Member, parse, rank
 from kvrag.portable.outgoing import FORMAT, SEALED_VERSION, VERSION

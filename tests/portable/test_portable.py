@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from chromadb.utils.embedding_functions import register_embedding_function
 
+from kvrag.chroma_rows import Record
 from kvrag.config import ALONE, Context
 from kvrag.documents import Document
 from kvrag.embedding import HashedEmbedding
 from kvrag.engine import Engine
 from kvrag.errors import CorpusLocked, InputError
 from kvrag.home import Home, ingest
-from kvrag.index import Index, Record
+from kvrag.index import Index
 from kvrag.model import Model
 from kvrag.portable import (
     Refused,
