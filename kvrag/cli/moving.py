@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvrag.cli.opening import load_engine, open_home
+from kvrag.cli.opening import load_engine, open_home, secret
 from kvrag.options import (
     ChromaOption,
     CollectionOption,
@@ -26,6 +26,15 @@ def export(
     sign: Annotated[
         Path | None, typer.Option("--sign", help="Sign it with this private key.", metavar="KEYFILE")
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", help="Seal it with the secret in this file [KVRAG_STORE_KEY].", metavar="KEYFILE"
+        ),
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Seal nothing, although the caches here are encrypted.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     folder: HomeOption = None,
     chroma: ChromaOption = None,
@@ -35,24 +44,36 @@ def export(
 ) -> None:
     """Write the collection into one file: documents, vectors, settings, and caches as they lie.
 
-    The file is as private as the documents. On another machine its caches are used by the same model in the
-    same dtype only.
+    From encrypted caches comes a sealed file, which nobody can read without its key; any other file is as
+    private as the documents. On another machine its caches are used by the same model in the same dtype only.
 
     Example: kvrag export notes.kvrag --sign mykey
     """
     from kvrag.portable import export_collection, private_key  # noqa: PLC0415 - help must not wait for torch
 
     place = open_home(folder, chroma, collection, tenant)
-    key = None if sign is None else private_key(sign)
+    signing_key, seal_key = None if sign is None else private_key(sign), secret(key)
     with progress_bar("exporting") as progress:
-        report = export_collection(place, file, key=key, replace=force, progress=progress)
+        report = export_collection(
+            place,
+            file,
+            key=signing_key,
+            seal_key=seal_key,
+            plain=plain,
+            replace=force,
+            progress=progress,
+        )
     if as_json:
         print_json(asdict(report))
         return
     caches = f"{count(report.entries, 'cache')}, {size(report.num_bytes)}"
     stdout().print(f"{count(report.records, 'chunk')}, {caches} in {file}")
+    if report.sealed_with is not None:
+        stdout().print(f"sealed with the key {report.sealed_with[:8]}")
     if report.signer is not None:
         stdout().print(f"signed by {report.signer}")
+    if plain:
+        tell("note", f"{file} is not sealed: whoever has it can read documents and caches")
     if report.uncached:
         tell("note", f"{report.uncached} chunks have no cache, and are exported without")
 
@@ -66,6 +87,12 @@ def import_file(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Accept a file that nobody signed.")
     ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", help="The secret that a sealed file needs [KVRAG_STORE_KEY].", metavar="KEYFILE"
+        ),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the file's text where ids are the same.")
     ] = False,
@@ -96,7 +123,7 @@ def import_file(
 
     if usable_only and model is None:
         raise InputError("--usable-only needs to know for which model; add --model")
-    keys = [public_key(text) for text in trust or []]
+    keys, seal_key = [public_key(text) for text in trust or []], secret(key)
     place = open_home(folder, chroma, collection, tenant)
     usable_by = None
     if model is not None:
@@ -108,6 +135,7 @@ def import_file(
             file,
             trust=keys,
             allow_unsigned=allow_unsigned,
+            seal_key=seal_key,
             replace=replace,
             usable_by=usable_by,
             usable_only=usable_only,
@@ -130,18 +158,35 @@ def import_file(
 
 
 def keygen(
-    file: Annotated[Path, typer.Argument(help="The private key's file.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The key's file.", show_default=False)],
+    secret: Annotated[
+        bool, typer.Option("--secret", help="A secret that encrypts: for stores, exports, tenants.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a pair of keys: FILE signs exports and stays with you, FILE.pub is for those who import them.
 
+    With --secret, FILE is what stores (KVRAG_STORE_KEY) and exports (--key) are encrypted with instead.
+
     Example: kvrag keygen mykey
     """
+    from kvrag.errors import ConfigError, InputError  # noqa: PLC0415
+    from kvrag.keys import write_key  # noqa: PLC0415
     from kvrag.portable import make_keys  # noqa: PLC0415
 
-    public, line = make_keys(file)
+    if secret:
+        try:
+            write_key(file)
+        except ConfigError as error:
+            raise InputError(str(error)) from error
+        told = {"secret": str(file)}
+        lines = [f"{file} encrypts: keep it to yourself, and a copy; without it nothing can be read"]
+    else:
+        public, line = make_keys(file)
+        told = {"private_key": str(file), "public_key_file": str(public), "public_key": line}
+        lines = [f"{file} signs exports: keep it to yourself", f"{public} is for others: {line}"]
     if as_json:
-        print_json({"private_key": str(file), "public_key_file": str(public), "public_key": line})
+        print_json(told)
         return
-    stdout().print(f"{file} signs exports: keep it to yourself")
-    stdout().print(f"{public} is for others: {line}")
+    for line in lines:
+        stdout().print(line)

@@ -18,8 +18,32 @@ def open_home(folder: Path | None, chroma: str | None, collection: str, tenant: 
     return Home(folder or home(), chroma=chroma, collection=collection, tenant=tenant_named(tenant))
 
 
+def secret(file: Path | None) -> bytes | None:
+    """The secret in a file; None for no file.
+
+    Raises:
+        InputError: there is no such file, or no secret in it.
+    """
+    from kvrag.errors import ConfigError  # noqa: PLC0415
+    from kvrag.keys import read_key  # noqa: PLC0415
+
+    if file is None:
+        return None
+    if not file.is_file():  # digits on a command line are there for all to see
+        raise InputError(f"{file}: no such file; kvrag keygen --secret FILE makes a key")
+    try:
+        return read_key(file)
+    except ConfigError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
 def load_engine(
-    place: Any, model: str | None, device: str | None, dtype: str, *, codec: str | None = None
+    place: Any,
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    *,
+    codec: str | None = None,
 ) -> Any:
     """An engine with the folder's store; the folder's model and codec unless others are given."""
     from kvrag.engine import Engine  # noqa: PLC0415

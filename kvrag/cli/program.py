@@ -46,7 +46,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("budget", upkeep.budget, "Show or set how much room caches may take."),
     ("export", moving.export, "Write the collection into one file."),
     ("import", moving.import_file, "Bring in what kvrag export wrote."),
-    ("keygen", moving.keygen, "Make a pair of keys to sign exports with."),
+    ("keygen", moving.keygen, "Make keys, to sign exports or to encrypt."),
     ("doctor", models.doctor, "Prove that a model is read exactly; measure quality."),
     ("demo", models.demo, "Answer questions about a made-up collection."),
 )

@@ -2,10 +2,11 @@
 
 ```
 kvrag.json                       what the file is
-records/000000.jsonl ...         the documents, in parts
-entries/<id>.json                manifest of a cache, as it lies in the store
-entries/<id>.safetensors         its data file, as it lies in the store
+records/000000.jsonl ...         the documents, in parts; sealed: records/000000.sealed
+entries/<id>.json                manifest of a cache, as it lies in a store
+entries/<id>.safetensors         its data file, as it lies in a store; sealed: entries/<id>.sealed
 manifest.jsonl                   name, size and SHA-256 of every member before this one, a line each
+manifest.sealed                  of a sealed file: the digest of manifest.jsonl, sealed
 signature.json                   Ed25519 over the digest of manifest.jsonl; absent if nobody signed
 ```
 
@@ -24,7 +25,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,14 +33,14 @@ from typing import Any, BinaryIO
 from kvrag.errors import InputError
 from kvrag.portable import signing
 
-HEAD, MANIFEST, SIGNATURE = "kvrag.json", "manifest.jsonl", "signature.json"
+HEAD, MANIFEST, SEAL, SIGNATURE = "kvrag.json", "manifest.jsonl", "manifest.sealed", "signature.json"
 BLOCK = tarfile.BLOCKSIZE
 MAX_JSON = 64 << 20  # of any member that is read as a whole
 _PIECE = 1 << 20
 _MAX_LINE = 512
 _END = bytes(2 * BLOCK)
 _MEMBER = re.compile(
-    r"records/(?P<part>\d{6})\.jsonl|entries/(?P<id>[0-9a-f]{64})\.(?P<kind>json|safetensors)"
+    r"records/(?P<part>\d{6})\.(jsonl|sealed)|entries/(?P<id>[0-9a-f]{64})\.(?P<kind>json|safetensors|sealed)"
 )
 
 
@@ -68,19 +69,19 @@ def header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def records_name(part: int) -> str:
+def records_name(part: int, *, is_sealed: bool = False) -> str:
     """Name of a part of the documents."""
-    return f"records/{part:06}.jsonl"
+    return f"records/{part:06}.{'sealed' if is_sealed else 'jsonl'}"
 
 
-def entry_names(key_id: str) -> tuple[str, str]:
+def entry_names(key_id: str, *, is_sealed: bool = False) -> tuple[str, str]:
     """Names of an entry's manifest and data file."""
-    return f"entries/{key_id}.json", f"entries/{key_id}.safetensors"
+    return f"entries/{key_id}.json", f"entries/{key_id}.{'sealed' if is_sealed else 'safetensors'}"
 
 
 def rank(name: str) -> tuple[int, str, int] | None:
     """The place of a name in the order of members; None: no member has it."""
-    fixed = {HEAD: 0, MANIFEST: 3, SIGNATURE: 4}
+    fixed = {HEAD: 0, MANIFEST: 3, SEAL: 4, SIGNATURE: 5}
     if name in fixed:
         return fixed[name], "", 0
     found = _MEMBER.fullmatch(name)
@@ -88,7 +89,7 @@ def rank(name: str) -> tuple[int, str, int] | None:
         return None
     if found["part"]:
         return 1, found["part"], 0
-    return 2, found["id"], int(found["kind"] == "safetensors")
+    return 2, found["id"], int(found["kind"] != "json")
 
 
 class Writer:
@@ -103,10 +104,11 @@ class Writer:
         self._lines = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self.num_bytes = 0
 
-    def add(self, name: str, raw: bytes) -> None:
-        """Add a member from memory."""
-        self._begin(name, len(raw))
-        self._finish(name, len(raw), self._copy([raw]))
+    def add(self, name: str, *parts: bytes | memoryview) -> None:
+        """Add a member from memory, its parts one behind the other."""
+        size = sum(map(len, parts))
+        self._begin(name, size)
+        self._finish(name, size, self._copy(parts))
 
     def add_file(self, name: str, file: BinaryIO, size: int) -> None:
         """Add `size` bytes of an open file.
@@ -122,8 +124,17 @@ class Writer:
             raise InputError(f"{name} has changed while it was read; run the same command again")
         self._finish(name, size, digest)
 
-    def finish(self, sign: Callable[[bytes], tuple[bytes, bytes]] | None) -> None:
-        """Write the list of members and, with the public key and signature that `sign` gives, who vouches."""
+    def finish(
+        self,
+        sign: Callable[[bytes], tuple[bytes, bytes]] | None,
+        seal: Callable[[bytes, str], bytes] | None = None,
+    ) -> None:
+        """Write the list of members, who holds the key of a sealed file, and who vouches for any.
+
+        Args:
+            sign: gives public key and signature of a digest.
+            seal: seals the digest under this name.
+        """
         size = self._lines.tell()
         digest = hashlib.sha256()
         self._lines.seek(0)
@@ -132,6 +143,8 @@ class Writer:
             digest.update(piece)
             self._write(piece)
         self._pad(size)
+        if seal is not None:
+            self._last(SEAL, seal(digest.digest(), MANIFEST))
         if sign is not None:
             public, signature = sign(digest.digest())
             raw = json.dumps(
@@ -141,19 +154,23 @@ class Writer:
                     "signature": base64.b64encode(signature).decode(),
                 }
             ).encode()
-            self._begin(SIGNATURE, len(raw))
-            self._write(raw)
-            self._pad(len(raw))
+            self._last(SIGNATURE, raw)
         self._write(_END)
 
     def close(self) -> None:
         """Let go of the temporary file."""
         self._lines.close()
 
+    def _last(self, name: str, raw: bytes) -> None:
+        """Write a member that no list names."""
+        self._begin(name, len(raw))
+        self._write(raw)
+        self._pad(len(raw))
+
     def _begin(self, name: str, size: int) -> None:
         self._write(header(name, size))
 
-    def _copy(self, pieces: Any) -> str:
+    def _copy(self, pieces: Iterable[bytes | memoryview]) -> str:
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
@@ -167,7 +184,7 @@ class Writer:
     def _pad(self, size: int) -> None:
         self._write(bytes(-size % BLOCK))
 
-    def _write(self, raw: bytes) -> None:
+    def _write(self, raw: bytes | memoryview) -> None:
         self._file.write(raw)
         self.num_bytes += len(raw)
 
@@ -191,7 +208,12 @@ class Archive:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         try:
             self.num_bytes = self._file.seek(0, 2)
-            self._manifest, self._signature, self.entry_bytes = self._survey()
+            found, self.entry_bytes = self._survey()
+            self._manifest, self._signature, self._seal = (
+                found[MANIFEST],
+                found.get(SIGNATURE),
+                found.get(SEAL),
+            )
         except BaseException:
             self._file.close()
             raise
@@ -214,6 +236,14 @@ class Archive:
         if not is_ours or not signing.is_signed_by(public, signature, self._digest(self._manifest)):
             raise self._refuse("its signature is wrong: it was changed after it was signed")
         return public
+
+    def seal(self) -> bytes | None:
+        """What `Writer.finish` had sealed; None if nothing was."""
+        return None if self._seal is None else self._read(self._seal)
+
+    def digest(self) -> bytes:
+        """SHA-256 of the list of members."""
+        return self._digest(self._manifest)
 
     def members(self) -> Iterator[tuple[Member, Iterator[bytes]]]:
         """Every member and its bytes in pieces, which have to be read before the next one is asked for.
@@ -255,8 +285,8 @@ class Archive:
     def _refuse(self, why: str) -> Refused:
         return Refused(f"{self.path} is refused: {why}; nothing was changed")
 
-    def _survey(self) -> tuple[Member, Member | None, int]:
-        """List of members, signature, and bytes of all entries; proves every header and the file's end."""
+    def _survey(self) -> tuple[dict[str, Member], int]:
+        """Members of fixed names, and bytes of all entries; proves every header and the file's end."""
         found: dict[str, Member] = {}
         before: tuple[int, str, int] = (-1, "", 0)
         at = parts = entry_bytes = 0
@@ -274,14 +304,14 @@ class Archive:
             entry_bytes += member.size if place[0] == 2 else 0
             if place[0] > 2 and any(self._at(member.start + member.size, -member.size % BLOCK)):
                 raise self._refuse(f"{member.name} was changed")
-            if place[0] in (0, 3, 4):
+            if place[0] not in (1, 2):
                 found[member.name] = member
             before, at = place, member.after
         if HEAD not in found or MANIFEST not in found:
             raise self._refuse("it has no head or no list of members")
         if self._at(at, len(_END)) != _END or at + len(_END) != self.num_bytes:
             raise self._refuse("it does not end where its members do")
-        return found[MANIFEST], found.get(SIGNATURE), entry_bytes
+        return found, entry_bytes
 
     def _walk(self) -> Iterator[Member]:
         """Members by their headers alone; ends at the first block of zeros."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvrag.config import store_key
 from kvrag.embedding import HashedEmbedding
 from kvrag.errors import ConfigError, InputError
 from kvrag.home import Home
@@ -38,6 +39,7 @@ class ImportReport:
         made_by: for each kind of cache, model digest and dtype, how many there are.
         model: the model that the collection was made with.
         signer: the public key that vouches for the file; None: nobody does.
+        sealed_with: name of the key that the file is sealed with; None: everybody can read it.
     """
 
     records: int
@@ -50,6 +52,7 @@ class ImportReport:
     made_by: dict[str, int]
     model: str
     signer: str | None
+    sealed_with: str | None = None
 
 
 def import_collection(
@@ -58,6 +61,7 @@ def import_collection(
     *,
     trust: Collection[bytes] = (),
     allow_unsigned: bool = False,
+    seal_key: bytes | None = None,
     replace: bool = False,
     usable_by: Fingerprint | None = None,
     usable_only: bool = False,
@@ -67,7 +71,8 @@ def import_collection(
 
     Everything is proven first: form, signature, every digest, every cache as the store would prove it. Then
     changes go in the corpus's order (reference, entry, Chroma), so that an interrupted import can be
-    repeated, and a repeated one changes nothing.
+    repeated, and a repeated one changes nothing. Caches become what the store here is: sealed with its key
+    (KVRAG_STORE_KEY), or open.
 
     Args:
         home: where to; it may be empty.
@@ -75,6 +80,7 @@ def import_collection(
         trust: public keys, 32 bytes each; a signed file has to be signed by one of them.
         allow_unsigned: take a file that nobody signed. Its caches are proven to be whole, not to be true: who
             made it decides what a model takes its documents to say.
+        seal_key: 32 bytes that the file is sealed with; None: the key of the store here.
         replace: documents that are here with another text under the same id get the file's.
         usable_by: what caches of the model here depend on, for the report.
         usable_only: leave out caches that `usable_by` says cannot be used.
@@ -82,15 +88,26 @@ def import_collection(
 
     Raises:
         InputError: the file cannot be read, was refused (nothing was changed), or does not fit the
-            collection that is here (the same).
+            collection that is here (the same). A sealed file is refused without its key.
+        ConfigError: the store here is encrypted, and its key is not given, or is another one.
         CorpusLocked: another process is writing; nothing was changed.
         StoreWriteError: the disk is full or read-only; run the same command again later.
     """
     archive, was_there = Archive(path), home.path.exists()
     try:
+        key = _store_key(home)
         signer = _check_signer(archive, trust, allow_unsigned=allow_unsigned)
         with staging_folder(home, archive.entry_bytes) as folder:
-            staged = stage(archive, folder, usable_by, usable_only=usable_only, progress=progress)
+            staged = stage(
+                archive,
+                folder,
+                usable_by,
+                usable_only=usable_only,
+                seal_key=key if seal_key is None else seal_key,
+                progress=progress,
+            )
+            if staged.seal is None and seal_key is not None:
+                raise archive.refuse("it is not sealed, and a key was given; leave out --key to take it")
             added, replaced, entries = _commit(home, staged, archive, replace=replace)
     finally:
         archive.close()
@@ -108,7 +125,24 @@ def import_collection(
         made_by=dict(staged.made_by),
         model=staged.settings.model,
         signer=None if signer is None else signing.line_of(signer),
+        sealed_with=None if staged.seal is None else staged.seal.master.id,
     )
+
+
+def _store_key(home: Home) -> bytes | None:
+    """The key of the store here; None: it is not encrypted.
+
+    Raises:
+        ConfigError: it is, and its key is not given, or is another one.
+    """
+    key = store_key()
+    with closing(home.store()) as store:
+        if store.is_encrypted and key is None:
+            raise ConfigError(
+                f"the caches in {store.path} are encrypted: to import into them, set KVRAG_STORE_KEY to "
+                "their key; nothing was changed"
+            )
+    return key
 
 
 def _check_signer(archive: Archive, trust: Collection[bytes], *, allow_unsigned: bool) -> bytes | None:

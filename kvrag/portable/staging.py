@@ -21,13 +21,18 @@ from kvrag.errors import CacheMiss, InputError
 from kvrag.home import Home, Settings
 from kvrag.index import Index, Record, Vector
 from kvrag.lockstep import Progress, batches
-from kvrag.portable.archive import HEAD, Archive, Member, parse, rank
-from kvrag.portable.outgoing import FORMAT, VERSION
+from kvrag.portable.archive import HEAD, MANIFEST, Archive, Member, parse, rank
+from kvrag.portable.outgoing import FORMAT, SEALED_VERSION, VERSION
+from kvrag.portable.sealing import Seal, needed
 from kvrag.prompt import RagPrompt
 from kvrag.store.codec import codec_named
+from kvrag.store.damage import Damaged
 from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, try_lock, write_error
+from kvrag.store.filters import Filters
 from kvrag.store.key import LAYOUT_VERSION, Fingerprint
+from kvrag.store.manifest import parse_manifest, reveal
+from kvrag.store.sealing import CIPHER, MasterKey
 
 _BATCH = 256
 _LONGEST_NAME = 4096
@@ -39,14 +44,15 @@ Row = tuple[Record, Vector | None, str | None]
 
 @dataclass(slots=True)
 class Staged:
-    """What was proven, in a folder of its own."""
+    """What was proven, in a folder of its own, sealed as it was in the file."""
 
     folder: Path
     store: DiskStore
     settings: Settings
     embedding: dict[str, Any]
     context: str | None
-    parts: list[Path] = field(default_factory=list)
+    seal: Seal | None = None
+    parts: list[tuple[str, Path]] = field(default_factory=list)
     records: int = 0
     dimension: int | None = None
     entries: set[str] = field(default_factory=set)
@@ -111,6 +117,7 @@ def stage(
     usable_by: Fingerprint | None,
     *,
     usable_only: bool,
+    seal_key: bytes | None,
     progress: Progress | None,
 ) -> Staged:
     """Read the file once, from its beginning to its end, and prove all of it."""
@@ -120,15 +127,17 @@ def stage(
     for member, pieces in archive.members():
         kind = (rank(member.name) or (0,))[0]
         if member.name == HEAD:
-            staged = _head(archive, folder, archive.whole(member, pieces))
+            staged = _head(archive, folder, archive.whole(member, pieces), seal_key)
         elif staged is None:
             raise archive.refuse("it does not begin with its head")
+        elif member.name.endswith((".jsonl", ".safetensors") if staged.seal else ".sealed"):
+            raise archive.refuse(f"its head says that {member.name} is of another form")
         elif kind == 1:
             raw = archive.whole(member, pieces)
-            _check_records(archive, raw, staged, seen)
-            part = folder / f"{len(staged.parts):06}.jsonl"
+            _check_records(archive, _opened(archive, staged, raw, member.name), staged, seen)
+            part = folder / f"{len(staged.parts):06}"
             part.write_bytes(raw)
-            staged.parts.append(part)
+            staged.parts.append((member.name, part))
         elif member.name.endswith(".json"):
             raw = archive.whole(member, pieces)
             is_wanted = _judge(archive, member, raw, staged, usable_by, usable_only=usable_only)
@@ -147,21 +156,62 @@ def stage(
     return staged
 
 
-def _head(archive: Archive, folder: Path, raw: bytes) -> Staged:
+def _head(archive: Archive, folder: Path, raw: bytes, seal_key: bytes | None) -> Staged:
     fields = parse(raw, lambda: archive.refuse("its head is not of the expected form"))
-    if fields.get("format") != FORMAT or fields.get("version") != VERSION:
+    if fields.get("format") != FORMAT or fields.get("version") not in (VERSION, SEALED_VERSION):
         raise archive.refuse(
             f"it says it is {fields.get('format')!r}, version {fields.get('version')!r}; this kvrag reads "
-            f"{FORMAT!r}, version {VERSION}"
+            f"{FORMAT!r}, versions {VERSION} and {SEALED_VERSION}"
         )
+    seal = _seal(archive, fields, seal_key)
     try:
+        if seal is not None:
+            fields = seal.private(fields)
         given, collection = fields["settings"], fields["collection"]
         forms = {str(name)[:_LONGEST_NAME]: _form(form) for name, form in given["forms"].items()}
         settings = Settings(_text(given["model"]), forms, codec=codec_named(_text(given["codec"])).name)
         embedding, context = dict(collection["embedding"]), _context(collection["context"])
+    except Damaged as damage:
+        raise archive.refuse(str(damage)) from damage
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # also ConfigError, of the codec
         raise archive.refuse(f"its head lacks or misspells {error}") from error
-    return Staged(folder, DiskStore(folder / "store", keep_bytes=0), settings, embedding, context)
+    store = DiskStore(folder / "store", keep_bytes=0, key=seal.raw if seal else None)
+    return Staged(folder, store, settings, embedding, context, seal)
+
+
+def _seal(archive: Archive, head: dict[str, Any], key: bytes | None) -> Seal | None:
+    """What opens the file, proven to be what sealed its list of members; None: the file is plain."""
+    if head["version"] == VERSION:
+        if archive.seal() is not None:
+            raise archive.refuse("it is sealed and its head does not say so")
+        return None
+    if key is None:
+        raise archive.refuse(f"it is sealed with the key {needed(head)}, and none was given; add --key")
+    try:
+        seal = Seal.of(head, key)
+    except (KeyError, TypeError, ValueError) as error:
+        raise archive.refuse(f"its head lacks or misspells {error}") from error
+    if seal is None:
+        raise archive.refuse(
+            f"it is sealed with the key {needed(head)}, given was {MasterKey(key).id[:8]}; name its key "
+            "with --key"
+        )
+    try:
+        if seal.open(archive.seal() or b"", MANIFEST) != archive.digest():
+            raise archive.refuse("its list of members was changed after it was sealed")
+    except Damaged as damage:
+        raise archive.refuse(f"its list of members was not sealed with its key: {damage}") from damage
+    return seal
+
+
+def _opened(archive: Archive, staged: Staged, raw: bytes, name: str) -> bytes:
+    """The documents in a member."""
+    if staged.seal is None:
+        return raw
+    try:
+        return staged.seal.open(raw, name)
+    except Damaged as damage:
+        raise archive.refuse(str(damage)) from damage
 
 
 def _context(value: Any) -> str | None:
@@ -245,6 +295,7 @@ def _judge(
     if fields.get("layout") != LAYOUT_VERSION:
         staged.skipped += 1
         return False
+    fields = _revealed(archive, member, raw, staged.seal) or fields
     if usable_by is not None:
         ours = usable_by.fields()
         if any(fields.get(name) != ours[name] for name in ("model", "tokenizer", "rope", "dtype")):
@@ -254,6 +305,23 @@ def _judge(
                 return False
     staged.made_by[f"{str(fields.get('model'))[:12]} {str(fields.get('dtype'))[:20]}"] += 1
     return True
+
+
+def _revealed(archive: Archive, member: Member, raw: bytes, seal: Seal | None) -> dict[str, Any] | None:
+    """The fingerprint in a sealed manifest; None: the manifest is not sealed, and is proven with its rows."""
+    if seal is None:
+        filters = parse(raw, lambda: archive.refuse(f"{member.name} is no manifest")).get("filters")
+        if isinstance(filters, list) and CIPHER in filters:
+            raise archive.refuse(f"{member.name} is encrypted, and its head does not say so")
+        return None
+    try:
+        manifest = parse_manifest(raw)
+        if CIPHER in manifest.filters and seal.master.is_called(manifest.key_id):
+            return dict(reveal(manifest, Filters(key=seal.raw))[0].fingerprint)
+        why = "it was not sealed with the file's key"
+    except Damaged as damage:
+        why = str(damage)
+    raise archive.refuse(f"{member.name} is no manifest of this file: {why}")
 
 
 def _save(store: DiskStore, member: Member, pieces: Iterator[bytes]) -> None:
@@ -283,5 +351,6 @@ def _prove(archive: Archive, staged: Staged, member: Member) -> None:
 
 def rows(staged: Staged, archive: Archive) -> Iterator[Sequence[Row]]:
     """The proven documents, in batches."""
-    for part in staged.parts:
-        yield from batches(list(_records(archive, part.read_bytes())), _BATCH)
+    for name, part in staged.parts:
+        raw = _opened(archive, staged, part.read_bytes(), name)
+        yield from batches(list(_records(archive, raw)), _BATCH)

@@ -25,13 +25,14 @@ from kvrag.store.clock import StoreClock
 from kvrag.store.codec import codec_named
 from kvrag.store.counts import Counts
 from kvrag.store.eviction import eviction_named
+from kvrag.store.exchange import Exchange, check_id
 from kvrag.store.files import write_error
 from kvrag.store.filters import Filters
 from kvrag.store.folder import EntryFolder, is_id
 from kvrag.store.found import Found, Place
 from kvrag.store.hits import Hits
 from kvrag.store.key import EntryKey
-from kvrag.store.layout import Damaged, Manifest
+from kvrag.store.layout import Damaged
 from kvrag.store.ledger import Ledger
 from kvrag.store.loading import Loader
 from kvrag.store.room import Limits
@@ -111,6 +112,7 @@ class DiskStore:
         around = (self._folder, self._ledger, self._clock)
         self._loader = Loader(*around, self._counts, verify=verify, keep_bytes=keep_bytes, direct=direct)
         self._writer = Writer(*around, self._limits, self._hits, self._loader, self._counts)
+        self._exchange = Exchange(self._folder, self._ledger, self._writer)
         self._upkeep = Upkeep(*around, self._limits, self._writer.evict, self._loader.set_aside)
 
     @property
@@ -212,30 +214,31 @@ class DiskStore:
             ConfigError: these are not the bytes of an entry.
             StoreWriteError: nothing was written; the message says what to do.
         """
-        found = _proven(key_id, manifest, data)
         with self._writing():
-            return self._writer.put_bytes(key_id, found, data)
+            return self._exchange.put_bytes(key_id, manifest, data)
 
     def adopt(self, other: DiskStore, key_id: str) -> bool:
         """Take an entry over from another store in the same file system; false if it is here already.
 
-        Its files are renamed, so it is not there any more afterwards.
+        Its files are renamed or, where the stores have not the same key, sealed anew: either way the other
+        store has it no more afterwards.
 
         Raises:
             CacheMiss: the other store has no such entry.
+            ConfigError: a store is encrypted, and was opened without its key.
             StoreWriteError: the files cannot be moved.
         """
-        files = other.files_of(key_id)
-        try:
-            manifest = other._folder.manifest(key_id)
-        except Damaged as damage:
-            raise CacheMiss(f"no usable entry {key_id[:12]} in {other.path}: {damage}") from damage
         with self._writing():
-            has_moved = self._writer.adopt(key_id, manifest, files)
-        if has_moved:
-            with other._writing(), other._ledger.locked():
-                other._ledger.settle([key_id])
-        return has_moved
+            return self._exchange.adopt(other._exchange, key_id)
+
+    def under_key(self, key_id: str, key: bytes | None) -> tuple[bytes, list[bytes | memoryview]]:
+        """An entry as a store with this key, or without one, would have it: manifest, and data in pieces.
+
+        Raises:
+            CacheMiss: there is none, or it is damaged.
+            ConfigError: it is encrypted, and the store was opened without its key.
+        """
+        return self._exchange.under_key(key_id, Filters(key=key))
 
     def expire(self, key_id: str, ttl_seconds: float | None) -> bool:
         """Give an entry another time to live, from now on; None: no end. False if there is none.
@@ -415,8 +418,7 @@ class DiskStore:
         Raises:
             ConfigError: no entry can have this name.
         """
-        if not is_id(key_id):
-            raise ConfigError(f"{key_id!r} is no name of an entry: expected 64 hex digits")
+        check_id(key_id)
         return self._folder.files(key_id)
 
     def close(self) -> None:
@@ -436,21 +438,3 @@ class DiskStore:
         except OSError as error:
             self._counts.add("write_failures")
             raise write_error(error, self.path) from error
-
-
-def _proven(key_id: str, manifest: bytes, data: Sequence[bytes | memoryview]) -> Manifest:
-    """The manifest of an entry from elsewhere.
-
-    Raises:
-        ConfigError: it is none, or the data is not what it says.
-    """
-    if not is_id(key_id):
-        raise ConfigError(f"{key_id!r} is no name of an entry: expected 64 hex digits")
-    try:
-        found = layout.parse_manifest(manifest)
-        layout.verify_parts(data, found)
-    except Damaged as damage:
-        raise ConfigError(f"these are not the bytes of entry {key_id[:12]}: {damage}") from damage
-    if found.id != key_id:
-        raise ConfigError(f"these are the bytes of entry {found.id[:12]}, not of {key_id[:12]}")
-    return found

@@ -85,13 +85,17 @@ class Filters:
             raise Damaged("the entry was encrypted with another key")
         return self.key.cipher(tenant, entry_id)
 
+    def fit(self, chain: Sequence[str], key_id: str) -> bool:
+        """Whether this store can read the files of an entry as they are: both open, or under the same key."""
+        return (CIPHER in chain) == self.is_encrypting and (self.key is None or self.key.is_called(key_id))
+
     def check_taken_over(self, chain: Sequence[str], key_id: str) -> None:
         """Refuse the files of an entry that this store could not read.
 
         Raises:
             ConfigError: it is encrypted and this store is not, or the other way round, or with another key.
         """
-        if (CIPHER in chain) != self.is_encrypting or (self.key and not self.key.is_called(key_id)):
+        if not self.fit(chain, key_id):
             raise ConfigError(
                 "files can only be taken over between stores that are both not encrypted, or with the same "
                 "key; load the rows from the one and put them into the other"

@@ -43,6 +43,7 @@ from kvrag.store.together import THREADS, together
 
 __all__ = [
     "ALIGNMENT",
+    "SEALED_HEADER",
     "Checksums",
     "Damaged",
     "Manifest",
@@ -51,10 +52,10 @@ __all__ = [
     "is_storable",
     "map_file",
     "parse_manifest",
+    "plain_header",
     "prove_name",
     "read_manifest",
     "reader",
-    "rekeyed",
     "resealed",
     "reveal",
     "rotations_of",
@@ -67,7 +68,7 @@ __all__ = [
 ]
 
 _RUN_BYTES = 2 << 20  # less of a file is not worth a thread
-_SEALED_HEADER = b"kvrag sealed entry, layout 2\n".ljust(ALIGNMENT, b"\0")
+SEALED_HEADER = b"kvrag sealed entry, layout 2\n".ljust(ALIGNMENT, b"\0")
 
 
 def layer_parts(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
@@ -115,9 +116,9 @@ def encode(
     if cipher:
         layers = [[memoryview(cipher.seal(x, *place(number, chain)))] for number, x in enumerate(layers)]
         tokens = memoryview(cipher.seal([tokens], "tokens"))
-        header = _SEALED_HEADER
+        header = SEALED_HEADER
     else:
-        header = _header(
+        header = plain_header(
             fingerprint.fields(), num_tokens, parts, [len(f) for f in frames] if frames else None
         )
     sizes = tuple(sum(map(len, layer)) for layer in layers)
@@ -140,35 +141,6 @@ def encode(
     return manifest, [header, *(part for layer in layers for part in layer), tokens]
 
 
-def rekeyed(
-    data: torch.Tensor, manifest: Manifest, before: Filters, after: Filters
-) -> tuple[Manifest, list[bytes | memoryview]]:
-    """An encrypted entry under another key: manifest and the data file's parts in order.
-
-    Args:
-        data: the mapped file, verified.
-        manifest: of the entry, as it was read.
-        before: with the key that it has.
-        after: with the key that it gets.
-
-    Raises:
-        Damaged: it cannot be decrypted.
-    """
-    revealed, old = reveal(manifest, before)
-    new = after.sealing(str(manifest.fingerprint["tenant"]), manifest.id)
-    if old is None or new is None or after.key is None:
-        raise Damaged("the entry is not encrypted")
-    spans = [*manifest.layer_spans(), (manifest.tokens_start, manifest.file_size)]
-    places = [*(place(n, manifest.filters) for n in range(len(manifest.layers))), ("tokens",)]
-    blobs = [
-        memoryview(new.seal([old.open(data[start:end].numpy().data, *where).numpy().data], *where))
-        for (start, end), where in zip(spans, places, strict=True)
-    ]
-    *layers, tokens = map(checksum, blobs)
-    sums = Checksums(manifest.checksums.header, tokens, tuple(layers))
-    return sealed(replace(revealed, checksums=sums, key_id=after.key.id), new), [_SEALED_HEADER, *blobs]
-
-
 def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation | None]:
     """The rotation of every layer's keys.
 
@@ -185,7 +157,7 @@ def rotations_of(fingerprint: Fingerprint, num_layers: int) -> Sequence[Rotation
     return fingerprint.rotations
 
 
-def _header(
+def plain_header(
     fields: dict[str, str | int],
     num_tokens: int,
     layers: Sequence[Sequence[Part]],

@@ -11,6 +11,7 @@ from kvrag.store.damage import Damaged
 from kvrag.store.files import write_error
 from kvrag.store.filters import Filters, Note, read_note, write_note
 from kvrag.store.folder import EntryFolder
+from kvrag.store.resealing import recast
 
 
 def rekey(
@@ -64,8 +65,7 @@ def _renew(folder: EntryFolder, key_id: str, before: Filters, after: Filters) ->
         if after.key is None or after.key.is_called(manifest.key_id):
             return False
         data = layout.map_file(folder.files(key_id)[1], manifest)
-        layout.verify(data, manifest)
-        manifest, parts = layout.rekeyed(data, manifest, before, after)
+        manifest, parts = recast(data, manifest, before, after)
     except Damaged:
         return False
     with folder.writing([(key_id, manifest, parts)]) as commit:
