@@ -114,8 +114,11 @@ class Filters:
         frames = [planes.compress(tensors, kinds) for tensors, kinds in zip(layers, parts, strict=True)]
         sizes = [sum(part.num_bytes for part in kinds) for kinds in parts]
         gains = sum(map(len, frames)) <= (1 - _LEAST_GAIN) * sum(sizes)
-        # Rows that shrink by more are no rows of a model, and readers take them for an attack.
-        readable = all(size <= planes.MAX_RATIO * len(f) for size, f in zip(sizes, frames, strict=True))
+        # Rows that shrink by more are no rows of a model, and readers take them for an attack. A layer that
+        # grows, among others that shrink, is none that readers expect.
+        readable = all(
+            len(f) <= size <= planes.MAX_RATIO * len(f) for size, f in zip(sizes, frames, strict=True)
+        )
         return frames if gains and readable else None
 
     def look_at(self, folder: Path) -> bool:

@@ -190,6 +190,20 @@ def test_what_gains_nothing_or_is_no_cache_stays_as_it_is(tmp_path: Path, what: 
         assert "000.keys" in file.keys()  # noqa: SIM118 - not a dictionary
 
 
+@pytest.mark.parametrize("key", [None, bytes(32)])
+def test_a_layer_that_would_grow_among_layers_that_shrink(tmp_path: Path, key: bytes | None) -> None:
+    """What is written can be read: readers expect no layer to be larger than its codec writes it."""
+    tokens = tuple(range(40))
+    noise = torch.frombuffer(bytearray(os.urandom(40 * 8 * 4)), dtype=torch.float32).view(1, 40, 8).clone()
+    flat = torch.arange(4 * 40 * 8, dtype=torch.float32).view(4, 40, 8) / 4096
+    rows = KV(tokens, (LayerKV(flat, flat.clone()), LayerKV(noise[..., :1], noise[..., 1:2])))
+    text = EntryKey(example_fingerprint(), tokens)
+    store = DiskStore(tmp_path / "store", compress="zstd", key=key)
+    store.put(text, rows)
+    assert store.damage(text.id) is None
+    assert_same_rows(store.get(text), rows)
+
+
 def test_without_the_library_there_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
