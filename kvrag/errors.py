@@ -10,6 +10,8 @@
   * StoreError
     * CacheMiss (KeyError)              no usable entry under this key
     * StoreWriteError (OSError)         the entry could not be written (read-only, full, no permission)
+      * UploadsPending                  what would have to go for it has not been uploaded yet
+      * EntryTooLarge                   the entry alone is larger than a budget
   * CorpusError
     * CorpusLocked                      another process is writing to this corpus
     * DuplicateDocument (ValueError)    an id that already exists, or twice in one call
@@ -67,6 +69,14 @@ class CacheMiss(StoreError, KeyError):
 
 class StoreWriteError(StoreError, OSError):
     """An entry could not be written; nothing that was there before is lost."""
+
+
+class UploadsPending(StoreWriteError):
+    """An entry does not fit yet: what would have to go for it has not been uploaded."""
+
+
+class EntryTooLarge(StoreWriteError):
+    """An entry that alone is larger than a budget: it never fits."""
 
 
 class CorpusError(KVRagError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -320,6 +320,31 @@ class DiskStore:
             return False
         with self._writing():
             return self._writer.pin(key_id, pinned)
+
+    def hold(self, key_ids: Iterable[str]) -> None:
+        """Evict none of these before `release`: they are still to be uploaded.
+
+        A hold is a file, like a pin, so it holds for all processes and across restarts; and it may come
+        before its entry. `TieredStore` holds what it is to write back, and lets go of it when that is done.
+
+        Raises:
+            StoreWriteError: the folder cannot be written.
+        """
+        with self._writing():
+            self._writer.hold([key_id for key_id in key_ids if is_id(key_id)], True)
+
+    def release(self, key_ids: Iterable[str]) -> None:
+        """Let these be evicted again.
+
+        Raises:
+            StoreWriteError: the folder cannot be written.
+        """
+        with self._writing():
+            self._writer.hold([key_id for key_id in key_ids if is_id(key_id)], False)
+
+    def held(self) -> list[str]:
+        """Ids of all that are held, which takes a look at every file."""
+        return list(self._folder.held())
 
     def stats(self) -> StoreStats:
         """Counts since this object was made, and sizes on the disk; expired entries count until swept."""

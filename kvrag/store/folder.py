@@ -161,7 +161,7 @@ class EntryFolder:
     def traces(self, key_id: str) -> list[Path]:
         """Every file that holds something of an entry, in the order in which deleting removes them."""
         manifest, data = self.files(key_id)
-        mine = [self.pin_file(key_id), manifest, data]
+        mine = [self.pin_file(key_id), self.held_file(key_id), manifest, data]
         mine += data.parent.glob(f"{key_id}.*{PARTIAL}")
         return [file for file in (*mine, *self.quarantined(key_id)) if file.exists()]
 
@@ -194,6 +194,36 @@ class EntryFolder:
         else:
             file.unlink(missing_ok=True)
         sync_folder(file.parent)
+
+    # --- holds: the same for entries that are still to be uploaded ---
+
+    def held_file(self, key_id: str) -> Path:
+        """The file whose being there keeps an entry until it has been uploaded."""
+        return self.path / key_id[:2] / f"{key_id}.held"
+
+    def is_held(self, key_id: str) -> bool:
+        """Whether an entry has to stay until it has been uploaded."""
+        return os.path.exists(f"{self._root}/{key_id[:2]}/{key_id}.held")
+
+    def hold(self, key_id: str, held: bool) -> None:
+        """Hold an entry that is there or is going to be, or let go of it, so that it survives a crash."""
+        file = self.held_file(key_id)
+        if held == file.exists():
+            return
+        if held:
+            make_folder(file.parent)
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
+        sync_folder(file.parent)
+
+    def held(self) -> Iterator[str]:
+        """Ids of all that are held."""
+        for prefix in self.prefixes():
+            for name in os.listdir(f"{self._root}/{prefix}"):
+                stem, _, suffix = name.partition(".")
+                if suffix == "held" and stem[:2] == prefix and is_id(stem):
+                    yield stem
 
     # --- changing ---
 

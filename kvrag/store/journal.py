@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from kvrag.errors import StoreWriteError
 from kvrag.store.files import make_folder, write_error
@@ -24,6 +25,23 @@ CREATE TABLE IF NOT EXISTS erased (
 _BUSY_SECONDS = 30.0
 
 
+@runtime_checkable
+class Holds(Protocol):
+    """A store that evicts, and can be told to wait with that; see `DiskStore`."""
+
+    def hold(self, key_ids: Iterable[str]) -> None:
+        """Evict none of these before `release`; also after a restart."""
+        ...
+
+    def release(self, key_ids: Iterable[str]) -> None:
+        """Let these be evicted again."""
+        ...
+
+    def held(self) -> list[str]:
+        """Ids of all that are held."""
+        ...
+
+
 class Journal:
     """Two small tables in one SQLite file, shared by processes; ids and names of tiers only.
 
@@ -31,28 +49,64 @@ class Journal:
     every tier has confirmed it, and for a while after, so that a copy under way in another process is not
     taken for an entry.
 
+    What is pending is held in the store that it is to come from: an entry that would be evicted before a tier
+    has it would be lost to that tier. Holds change within the transactions that change what is pending, so
+    that processes agree about both.
+
     Args:
         path: the file; created by the first change. None keeps all of it in memory.
+        source: where pending entries come from, if it evicts.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, source: Holds | None = None) -> None:
+        self._source = source
         self._path = None if path is None else Path(path)
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.RLock()
 
     def owe(self, key_id: str, tiers: Iterable[str]) -> None:
-        """Note that these tiers are to get the entry.
+        """Note that these tiers are to get the entry, and hold it until they have it.
 
         Raises:
             StoreWriteError: the file cannot be written; so for all that change it.
         """
         with self._writing() as db:
             db.executemany("INSERT OR IGNORE INTO pending VALUES (?, ?)", [(key_id, t) for t in tiers])
+            if self._source is not None:
+                self._source.hold([key_id])
 
-    def settle(self, key_id: str, tier: str) -> None:
-        """The tier has it, or cannot get it any more."""
+    def settle(self, key_id: str, tier: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
+        """The tier has it, or cannot get it any more.
+
+        Args:
+            key_id: of the entry.
+            tier: name of the tier.
+            unless: asked while nobody else can change the journal; true: nothing is settled.
+
+        Returns:
+            Whether it is settled.
+        """
         with self._writing() as db:
+            if unless():
+                return False
             db.execute("DELETE FROM pending WHERE key_id = ? AND tier = ?", (key_id, tier))
+            left = db.execute("SELECT 1 FROM pending WHERE key_id = ?", (key_id,)).fetchone()
+            if left is None and self._source is not None:
+                self._source.release([key_id])
+        return True
+
+    def hold_pending(self) -> None:
+        """Hold all that is pending: a crash may have come between, and others may have let go of it."""
+        ids = dict.fromkeys(key_id for key_id, _ in self.pending())
+        if ids and self._source is not None:
+            self._source.hold(ids)
+
+    def release_settled(self) -> None:
+        """Let go of what is held and not pending."""
+        if self._source is not None and self._source.held():
+            with self._writing() as db:
+                pending = {row[0] for row in db.execute("SELECT key_id FROM pending")}
+                self._source.release([key_id for key_id in self._source.held() if key_id not in pending])
 
     def pending(self) -> list[tuple[str, str]]:
         """(id, tier) of all that is to be uploaded."""

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError
+from kvrag.errors import CacheMiss, ConfigError, EntryTooLarge, StoreError, StoreWriteError, UploadsPending
 from kvrag.segments import KV
 from kvrag.store.base import CheckReport, EntryInfo, KVStore, Receipt, StoreStats, check_rows
 from kvrag.store.disk import DiskStore
 from kvrag.store.found import Found, Place, counts_of, find, locate, tiers_of
-from kvrag.store.journal import Journal
+from kvrag.store.journal import Holds, Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
 from kvrag.store.moving import EntryBytes, MovesBytes
@@ -54,7 +54,8 @@ class TieredStore:
         state: file that remembers uploads and deletions; None: `tiers.sqlite` in the folder of the first
             `DiskStore`, or in memory where there is none.
         copy_mapped: fill tiers of main memory in front of a disk.
-        close_seconds: how long `close` waits for uploads.
+        close_seconds: how long `close` waits for uploads, and `put` where only what is to be uploaded could
+            make room for it.
 
     Raises:
         ConfigError: no tiers, or tiers that cannot be written back to.
@@ -78,8 +79,11 @@ class TieredStore:
         self._lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
         if write == "back" and any(t.mover is None for t in self._lasting):
             raise ConfigError("write='back' needs tiers that move bytes, such as DiskStore and ObjectStore")
-        disk = self.disk
-        self._journal = Journal(disk.path / "tiers.sqlite" if state is None and disk else state)
+        disk, source = self.disk, self._lasting[0].store
+        self._journal = Journal(
+            disk.path / "tiers.sqlite" if state is None and disk else state,
+            source if isinstance(source, Holds) else None,
+        )
         self._traffic = Traffic()
         lower = [tier.name for tier in self._lasting[1:]]
         self._uploads = Uploads(self._journal, self._upload, self._traffic, lower)
@@ -89,6 +93,7 @@ class TieredStore:
         self._counts: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         if self._writes_back:
+            self._hold_pending()
             self._uploads.wake()
 
     @property
@@ -152,21 +157,38 @@ class TieredStore:
         Raises:
             ConfigError: the rows are not of this key.
             StoreWriteError: nothing was written, and what was there before is still there.
+            UploadsPending: the same, because everything that could go for it has not been uploaded yet.
         """
         check_rows(key, kv)
+        end = time.monotonic() + self._close_seconds
+        try:
+            while not self._put(key, kv, cost_seconds, ttl_seconds, may_wait=time.monotonic() < end):
+                self._uploads.wake()
+                if not self._uploads.wait_for_one(end - time.monotonic()):
+                    end = 0.0  # the next try is the last
+        except _TROUBLE as error:
+            self._count("write_failures")
+            if isinstance(error, StoreError):
+                raise
+            raise StoreWriteError(error.errno, f"nothing was written: {error}") from error
+        if self._writes_back:
+            self._uploads.wake()
+
+    def _put(
+        self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None, *, may_wait: bool
+    ) -> bool:
+        """Keep the rows; false if uploads have to be waited for, without a lock that they need."""
         with self._locked(key.id):
             try:
                 self._write(key, kv, cost_seconds, ttl_seconds)
-            except _TROUBLE as error:
-                self._count("write_failures")
-                if isinstance(error, StoreError):
+            except UploadsPending:
+                if not (may_wait and self._writes_back):
                     raise
-                raise StoreWriteError(error.errno, f"nothing was written: {error}") from error
+                return False
             for tier in self._tiers:
                 if tier.memory is not None and tier.is_filled and tier not in self._lasting:
                     tier.memory.keep(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
-        if self._writes_back:
-            self._uploads.wake()
+        return True
 
     def delete(self, key_id: str) -> Receipt:
         """Erase the entry in every tier, and cancel its uploads.
@@ -252,6 +274,8 @@ class TieredStore:
     def sweep(self, *, grace_seconds: float = 3600.0) -> tuple[Receipt, ...]:
         """Erase what could not be erased before, and let every tier tidy up; what was erased by that.
 
+        Entries that are held for uploads which are done, or were given up, are let go of.
+
         Args:
             grace_seconds: how long deletions are remembered after all tiers have confirmed them.
         """
@@ -265,6 +289,10 @@ class TieredStore:
                     for error in failures.values():
                         logger.warning("entry %s may still be in %s: %s", key_id[:12], name, error)
         self._journal.forget(grace_seconds)
+        try:
+            self._journal.release_settled()
+        except _TROUBLE as error:
+            logger.warning("what was uploaded may stay held: %s", error)
         for tier in self._tiers:
             sweep = getattr(tier.store, "sweep", None)
             try:
@@ -379,9 +407,17 @@ class TieredStore:
         """Write to the first lasting tier and, through it, to the others, or note that they are to get it."""
         first, *others = self._lasting
         if self._writes_back:
+            names = [tier.name for tier in others]
             # Noted before: an entry that is there is either uploaded or pending, whenever a crash comes.
-            self._journal.owe(key.id, [tier.name for tier in others])
-            first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+            self._journal.owe(key.id, names)
+            try:
+                first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
+            except BaseException:
+                for name in names:
+                    self._journal.settle(key.id, name, unless=lambda: key.id in first.store)
+                raise
+            # And after: another process may have looked for it in between, and given it up.
+            self._journal.owe(key.id, names)
             self._journal.revive(key.id)
             return
         new = [tier for tier in self._lasting if key.id not in tier.store]
@@ -431,18 +467,32 @@ class TieredStore:
         if target is None or target.mover is None or source is None:
             return False  # of a tier that is not there this time
         with self._locked(key_id):
-            if not self._journal.is_pending(key_id, name):
-                return True
-            try:
-                target.mover.import_bytes(source.export_bytes(key_id))
-            except (CacheMiss, Damaged) as error:
-                logger.warning("entry %s will not be uploaded: %s", key_id[:12], error)
-            except _TROUBLE as error:
-                self._count("write_failures")
-                logger.warning("entry %s could not be uploaded: %s", key_id[:12], error)
-                return False
-            self._journal.settle(key_id, name)
+            while self._journal.is_pending(key_id, name):
+                was_there = key_id in self._lasting[0].store
+                try:
+                    target.mover.import_bytes(source.export_bytes(key_id))
+                except (CacheMiss, Damaged, EntryTooLarge) as error:
+                    self._give_up(key_id, name, error, was_there=was_there)
+                except _TROUBLE as error:
+                    self._count("write_failures")
+                    logger.warning("entry %s could not be uploaded: %s", key_id[:12], error)
+                    return False
+                else:
+                    self._journal.settle(key_id, name)
         return True
+
+    def _give_up(self, key_id: str, name: str, error: Exception, *, was_there: bool) -> None:
+        """Settle what cannot be uploaded, unless a process that had noted it has written it meanwhile."""
+        first = self._lasting[0].store
+        if self._journal.settle(key_id, name, unless=lambda: not was_there and key_id in first):
+            logger.warning("entry %s will not be uploaded: %s", key_id[:12], error)
+
+    def _hold_pending(self) -> None:
+        """Hold what earlier processes have left to upload."""
+        try:
+            self._journal.hold_pending()
+        except (sqlite3.Error, *_TROUBLE) as error:
+            logger.warning("entries may be evicted before they are uploaded: %s", error)
 
     def _erase(self, key_id: str, tiers: Sequence[Tier]) -> tuple[list[Receipt], dict[str, Exception]]:
         """Delete in these tiers, as far as they can be reached, and note which have confirmed it."""

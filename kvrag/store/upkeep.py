@@ -94,7 +94,7 @@ class Upkeep:
         ]
         now = self._clock.now()
         expired = [key_id for key_id in self._expired(now) if self._is_expired(key_id, now)]
-        evicted = self._ledger.ask(lambda index: self._limits.surplus(index, now)) or []
+        evicted = self._ledger.ask(lambda index: self._surplus(index, now)) or []
         num_bytes = sum(file.stat().st_size for file in files) + sum(map(self._folder.size, expired))
         return SweepReport(
             expired=tuple(expired),
@@ -246,6 +246,7 @@ class Upkeep:
                 if self._is_expired(key_id, now):
                     expired.append(key_id)
                     remove(self._folder.pin_file(key_id))
+                    remove(self._folder.held_file(key_id))
                     num_bytes += self._folder.erase(key_id)
         return expired, num_bytes
 
@@ -266,12 +267,15 @@ class Upkeep:
 
     def _keep_budget(self) -> list[Victim]:
         now = self._clock.now()
-        if not self._ledger.ask(lambda index: self._limits.surplus(index, now)):
+        if not self._ledger.ask(lambda index: self._surplus(index, now)):
             return []
         with self._ledger.locked():
-            victims = self._ledger.ask(lambda index: self._limits.surplus(index, now)) or []
+            victims = self._ledger.ask(lambda index: self._surplus(index, now)) or []
             self._evict(victims)
         return victims
+
+    def _surplus(self, index: EntryIndex, now: float) -> list[Victim]:
+        return self._limits.surplus(index, now, self._folder.is_held)
 
     def _empty_quarantine(self) -> tuple[list[str], int]:
         folder = self._folder.path / "quarantine"

@@ -45,6 +45,7 @@ class Uploads:
         self._stopping = False
         self._rounds = 0  # that were begun
         self._finished = 0  # that are over
+        self._done = 0  # uploads
         self._delays: dict[str, float] = {}
         self._next_try: dict[str, float] = {}
 
@@ -81,6 +82,30 @@ class Uploads:
                     break
                 self._changed.wait(left)
         return len(self.pending())
+
+    def wait_for_one(self, timeout_seconds: float) -> bool:
+        """Wait until one more upload is done.
+
+        Args:
+            timeout_seconds: how long at most.
+
+        Returns:
+            False: none was. At once where none is under way to a tier that can be reached.
+        """
+        end = time.monotonic() + timeout_seconds
+        with self._changed:
+            before = self._done
+            while self._done == before:
+                left = end - time.monotonic()
+                if left <= 0 or self._thread is None or not self._can_go_on():
+                    return False
+                self._changed.wait(left)
+            return True
+
+    def _can_go_on(self) -> bool:
+        """Whether something is pending for a tier that is not left alone."""
+        now = time.monotonic()
+        return any(self._next_try.get(tier, 0.0) <= now for _, tier in self.pending())
 
     def close(self, timeout_seconds: float) -> None:
         """Stop after the upload under way, or leave it to itself after so long; what is pending stays so."""
@@ -133,10 +158,15 @@ class Uploads:
                 self._changed.notify_all()
 
     def _note(self, tier: str, worked: bool) -> None:
+        with self._changed:
+            if worked:
+                self._delays.pop(tier, None)
+                self._next_try.pop(tier, None)
+                self._done += 1
+            else:
+                delay = min(2 * self._delays.get(tier, _FIRST_RETRY / 2), _LAST_RETRY)
+                self._delays[tier], self._next_try[tier] = delay, time.monotonic() + delay
+            self._changed.notify_all()
         if worked:
-            self._delays.pop(tier, None)
-            self._next_try.pop(tier, None)
             return
-        delay = self._delays[tier] = min(2 * self._delays.get(tier, _FIRST_RETRY / 2), _LAST_RETRY)
-        self._next_try[tier] = time.monotonic() + delay
         logger.warning("%s cannot be written to now; uploads wait for %.0f s", tier, delay)

@@ -122,6 +122,12 @@ class Writer:
                 self._folder.pin(key_id, pinned)
         return True
 
+    def hold(self, key_ids: Sequence[str], held: bool) -> None:
+        """Keep entries from eviction, or no longer; not while some are being evicted."""
+        with self._ledger.locked():
+            for key_id in key_ids:
+                self._folder.hold(key_id, held)
+
     def delete(self, key_id: str) -> Receipt:
         """Remove every trace of an entry, its pin first: it must not come to life again pinned."""
         self._loader.kept.drop(key_id)
@@ -219,11 +225,14 @@ class Writer:
 
         Raises:
             StoreWriteError: it cannot fit, or nobody can tell.
+            UploadsPending: it cannot fit yet.
         """
         if not self._limits.of(tenant):
             return []
         now = self._clock.now()
-        found = self._ledger.ask(lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now))
+        found = self._ledger.ask(
+            lambda index: self._limits.victims(index, tenant, key_id, num_bytes, now, self._folder.is_held)
+        )
         if found is None:
             raise StoreWriteError(
                 f"the index of {self._folder.path} cannot be written, and without it nobody can keep a "
@@ -233,7 +242,7 @@ class Writer:
 
     def _erase(self, victims: Sequence[Victim]) -> None:
         for victim in victims:
-            if self._folder.is_pinned(victim.id):
+            if self._folder.is_pinned(victim.id) or self._folder.is_held(victim.id):
                 continue  # the index did not know; it will when this change ends
             self._loader.kept.drop(victim.id)
             self._counts.add("evicted_bytes", self._folder.erase(victim.id))
