@@ -5,34 +5,29 @@ from __future__ import annotations
 import errno
 import logging
 import re
-import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kvrag.errors import CacheMiss, ConfigError, EntryTooLarge, StoreError, StoreWriteError, UploadsPending
+from kvrag.errors import CacheMiss, ConfigError, StoreError, StoreWriteError, UploadsPending
 from kvrag.segments import KV
 from kvrag.store.base import CheckReport, EntryInfo, KVStore, Receipt, StoreStats, check_rows
 from kvrag.store.disk import DiskStore
-from kvrag.store.found import Found, Place, counts_of, find, locate, tiers_of
+from kvrag.store.found import Found, Place, counts_of, locate, tiers_of
 from kvrag.store.journal import Holds, Journal
 from kvrag.store.key import EntryKey
-from kvrag.store.layout import Damaged
-from kvrag.store.moving import EntryBytes, MovesBytes
-from kvrag.store.stack import Tier, TierStats, info_of, merged, placed
+from kvrag.store.lowering import Lowering
+from kvrag.store.raising import Raising
+from kvrag.store.stack import TierStats, info_of, merged, placed
+from kvrag.store.stairs import TROUBLE, Stairs
 from kvrag.store.traffic import Traffic
 from kvrag.store.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[0-9a-f]{64}")
-_LOCKS = 256
-_TROUBLE = (StoreError, OSError)
 
 
 class TieredStore:
@@ -76,24 +71,23 @@ class TieredStore:
             raise ConfigError(f"write={write!r}: expected 'through' or 'back'")
         self._tiers = placed(tiers, copy_mapped)
         # What lasts; if nothing does, the last of what does not.
-        self._lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
-        if write == "back" and any(t.mover is None for t in self._lasting):
+        lasting = [t for t in self._tiers if t.memory is None] or self._tiers[-1:]
+        if write == "back" and any(t.mover is None for t in lasting):
             raise ConfigError("write='back' needs tiers that move bytes, such as DiskStore and ObjectStore")
-        disk, source = self.disk, self._lasting[0].store
+        disk, source = self.disk, lasting[0].store
         self._journal = Journal(
             disk.path / "tiers.sqlite" if state is None and disk else state,
             source if isinstance(source, Holds) else None,
         )
         self._traffic = Traffic()
-        lower = [tier.name for tier in self._lasting[1:]]
-        self._uploads = Uploads(self._journal, self._upload, self._traffic, lower)
-        self._writes_back = write == "back"
+        self._stairs = Stairs(self._tiers, lasting, self._journal)
+        self._raising = Raising(self._stairs)
+        self._lowering = Lowering(self._stairs, writes_back=write == "back")
+        names = [tier.name for tier in lasting[1:]]
+        self._uploads = Uploads(self._journal, self._lowering.upload, self._traffic, names)
         self._close_seconds = close_seconds
-        self._locks = [threading.RLock() for _ in range(_LOCKS)]
-        self._counts: Counter[str] = Counter()
-        self._count_lock = threading.Lock()
-        if self._writes_back:
-            self._hold_pending()
+        if self._lowering.writes_back:
+            self._lowering.hold_pending()
             self._uploads.wake()
 
     @property
@@ -119,13 +113,13 @@ class TieredStore:
         next `get` finds the entry in the next tier.
         """
         with self._traffic.reading():
-            if not self._is_erased(key.id):
+            if not self._stairs.is_erased(key.id):
                 for number, tier in enumerate(self._tiers):
-                    found = self._from(number, key, by_layer=by_layer)
+                    found = self._raising.find(number, key, by_layer=by_layer)
                     if found is not None:
-                        self._count("hits", f"hits {tier.name}")
+                        self._stairs.count("hits", f"hits {tier.name}")
                         return found
-        self._count("misses")
+        self._stairs.count("misses")
         raise CacheMiss(f"no usable entry {key.id[:12]} in {', '.join(t.name for t in self._tiers)}")
 
     @property
@@ -136,7 +130,7 @@ class TieredStore:
 
     def locate(self, key: EntryKey) -> Place | None:
         """The first tier that has the entry; one that would have to ask a network is presumed to."""
-        if self._is_erased(key.id):
+        if self._stairs.is_erased(key.id):
             return None
         places = (locate(tier.store, key) for tier in self._tiers)
         return next((place for place in places if place is not None), None)
@@ -146,7 +140,7 @@ class TieredStore:
         total: Counter[str] = Counter()
         for tier in self._tiers:
             total.update(counts_of(tier.store))
-        total["write_failures"] += self._counts["write_failures"]
+        total["write_failures"] += self._stairs.counts["write_failures"]
         return dict(total)
 
     def put(
@@ -166,27 +160,27 @@ class TieredStore:
                 self._uploads.wake()
                 if not self._uploads.wait_for_one(end - time.monotonic()):
                     end = 0.0  # the next try is the last
-        except _TROUBLE as error:
-            self._count("write_failures")
+        except TROUBLE as error:
+            self._stairs.count("write_failures")
             if isinstance(error, StoreError):
                 raise
             raise StoreWriteError(error.errno, f"nothing was written: {error}") from error
-        if self._writes_back:
+        if self._lowering.writes_back:
             self._uploads.wake()
 
     def _put(
         self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None, *, may_wait: bool
     ) -> bool:
         """Keep the rows; false if uploads have to be waited for, without a lock that they need."""
-        with self._locked(key.id):
+        with self._stairs.locked(key.id):
             try:
-                self._write(key, kv, cost_seconds, ttl_seconds)
+                self._lowering.write(key, kv, cost_seconds, ttl_seconds)
             except UploadsPending:
-                if not (may_wait and self._writes_back):
+                if not (may_wait and self._lowering.writes_back):
                     raise
                 return False
             for tier in self._tiers:
-                if tier.memory is not None and tier.is_filled and tier not in self._lasting:
+                if tier.memory is not None and tier.is_filled and tier not in self._stairs.lasting:
                     tier.memory.keep(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
         return True
 
@@ -199,9 +193,9 @@ class TieredStore:
         """
         if not _ID.fullmatch(key_id):
             return Receipt(key_id, False)
-        with self._locked(key_id):
+        with self._stairs.locked(key_id):
             self._journal.erase(key_id, [tier.name for tier in self._tiers])
-            receipts, failures = self._erase(key_id, self._tiers)
+            receipts, failures = self._stairs.erase(key_id, self._tiers)
         if failures:
             what = "; ".join(f"{name}: {error}" for name, error in failures.items())
             raise StoreWriteError(
@@ -214,7 +208,7 @@ class TieredStore:
     def __contains__(self, key: object) -> bool:
         """Whether any tier has an entry under this `EntryKey` or id; does not read it."""
         key_id = key.id if isinstance(key, EntryKey) else key
-        if not isinstance(key_id, str) or not _ID.fullmatch(key_id) or self._is_erased(key_id):
+        if not isinstance(key_id, str) or not _ID.fullmatch(key_id) or self._stairs.is_erased(key_id):
             return False
         return any(key_id in tier.store for tier in self._tiers)
 
@@ -226,7 +220,7 @@ class TieredStore:
 
     def stats(self) -> StoreStats:
         """Counts of this object; entries once, their bytes in every tier that holds them."""
-        own, tiers = self._counts, [tier.store.stats() for tier in self._tiers]
+        own, tiers = self._stairs.counts, [tier.store.stats() for tier in self._tiers]
         return StoreStats(
             entries=sum(1 for _ in self.ids()),
             num_bytes=sum(stats.num_bytes for stats in tiers),
@@ -243,14 +237,14 @@ class TieredStore:
         """Counts of every tier, the fastest first."""
         pending = Counter(tier for _, tier in self._journal.pending())
         return [
-            TierStats(t.name, self._counts[f"hits {t.name}"], pending[t.name], t.store.stats())
+            TierStats(t.name, self._stairs.counts[f"hits {t.name}"], pending[t.name], t.store.stats())
             for t in self._tiers
         ]
 
     def info(self, key_id: str) -> EntryInfo | None:
         """What the first tier that has the entry knows of it; None if none knows."""
         for tier in self._tiers:
-            info = None if self._is_erased(key_id) else info_of(tier.store, key_id)
+            info = None if self._stairs.is_erased(key_id) else info_of(tier.store, key_id)
             if info is not None:
                 return info
         return None
@@ -282,23 +276,23 @@ class TieredStore:
         named = {tier.name: tier for tier in self._tiers}
         receipts = []
         for key_id, name in self._journal.unconfirmed():
-            with self._locked(key_id):
+            with self._stairs.locked(key_id):
                 if name in named and (key_id, name) in self._journal.unconfirmed():
-                    done, failures = self._erase(key_id, [named[name]])
+                    done, failures = self._stairs.erase(key_id, [named[name]])
                     receipts += done
                     for error in failures.values():
                         logger.warning("entry %s may still be in %s: %s", key_id[:12], name, error)
         self._journal.forget(grace_seconds)
         try:
             self._journal.release_settled()
-        except _TROUBLE as error:
+        except TROUBLE as error:
             logger.warning("what was uploaded may stay held: %s", error)
         for tier in self._tiers:
             sweep = getattr(tier.store, "sweep", None)
             try:
                 if sweep is not None:
                     sweep()
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 logger.warning("%s could not be swept: %s", tier.name, error)
         return tuple(receipts)
 
@@ -316,203 +310,3 @@ class TieredStore:
         self._journal.close()
         for tier in self._tiers:
             tier.store.close()
-
-    # --- reading ---
-
-    def _from(self, number: int, key: EntryKey, *, by_layer: bool) -> Found | None:
-        """The entry as one tier has it, brought into those before; None if it has none that is usable."""
-        tier = self._tiers[number]
-        above = [t for t in self._tiers[:number] if t.mover is not None]
-        try:
-            if tier.mover is not None and above:
-                kv = self._raised(tier, above, key, by_layer=by_layer)
-                found = None if kv is None else Found(kv, tier.name)
-            else:
-                found = find(tier.store, key, by_layer=by_layer)
-            return None if found is None else replace(found, kv=self._kept(number, key, found.kv))
-        except CacheMiss:
-            return None
-        except _TROUBLE as error:
-            self._warn(tier, key.id, error)
-            return None
-
-    def _raised(self, tier: Tier, above: Sequence[Tier], key: EntryKey, *, by_layer: bool) -> KV | None:
-        """Bring an entry's bytes into the tiers above that hold bytes, and read it there.
-
-        Where none of them takes it, it is read from where it lies.
-        """
-        assert tier.mover is not None
-        with self._locked(key.id):
-            entry = tier.mover.export_bytes(key.id)
-            if self._is_erased(key.id) or (entry.expires is not None and entry.expires <= time.time()):
-                return None
-            try:
-                taken = [upper for upper in above if self._takes(upper, tier, entry)]
-            except Damaged:
-                return tier.store.get(key)  # finds it, too, and sets it aside; or it was replaced meanwhile
-            if self._is_erased(key.id):  # another process deleted it while it was under way
-                self._erase(key.id, taken)
-                return None
-            for upper in taken:
-                try:
-                    return upper.store.get(key, by_layer=by_layer)
-                except _TROUBLE:
-                    continue  # no room to stay there, or not of this key
-        return tier.store.get(key, by_layer=by_layer)
-
-    def _takes(self, upper: Tier, lower: Tier, entry: EntryBytes) -> bool:
-        """Whether an upper tier has taken an entry.
-
-        Raises:
-            Damaged: there is nothing to be taken.
-        """
-        assert upper.mover is not None
-        try:
-            upper.mover.import_bytes(entry)
-        except _TROUBLE as error:
-            self._count("write_failures")
-            logger.warning("entry %s stays in %s alone: %s", entry.id[:12], lower.name, error)
-            return False
-        return True
-
-    def _kept(self, number: int, key: EntryKey, kv: KV) -> KV:
-        """The rows where the uppermost tier of memory keeps them now; as they are if none does.
-
-        Raises:
-            CacheMiss: rows that are read when touched are damaged.
-        """
-        filled = [t.memory for t in self._tiers[:number] if t.memory is not None and t.is_filled]
-        info = info_of(self._tiers[number].store, key.id) if filled else None
-        cost, ttl = 0.0, None
-        if info is not None:
-            cost = info.cost_seconds
-            ttl = None if info.expires is None else max(1e-6, info.expires - time.time())
-        for memory in reversed(filled):
-            with self._locked(key.id):
-                if not self._is_erased(key.id):
-                    kv = memory.keep(key, kv, cost_seconds=cost, ttl_seconds=ttl) or kv
-        return kv
-
-    def _is_erased(self, key_id: str) -> bool:
-        try:
-            return self._journal.is_erased(key_id)
-        except (sqlite3.Error, *_TROUBLE) as error:
-            # What was deleted must not come back because a file cannot be read.
-            logger.warning("entry %s is a miss: what was deleted cannot be read: %s", key_id[:12], error)
-            return True
-
-    # --- writing ---
-
-    def _write(self, key: EntryKey, kv: KV, cost_seconds: float, ttl_seconds: float | None) -> None:
-        """Write to the first lasting tier and, through it, to the others, or note that they are to get it."""
-        first, *others = self._lasting
-        if self._writes_back:
-            names = [tier.name for tier in others]
-            # Noted before: an entry that is there is either uploaded or pending, whenever a crash comes.
-            self._journal.owe(key.id, names)
-            try:
-                first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
-            except BaseException:
-                for name in names:
-                    self._journal.settle(key.id, name, unless=lambda: key.id in first.store)
-                raise
-            # And after: another process may have looked for it in between, and given it up.
-            self._journal.owe(key.id, names)
-            self._journal.revive(key.id)
-            return
-        new = [tier for tier in self._lasting if key.id not in tier.store]
-        try:
-            first.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
-            for tier in others:
-                if first.mover is not None and tier.mover is not None:
-                    self._move(first.mover, tier.mover, key.id, cost_seconds, ttl_seconds)
-                else:
-                    tier.store.put(key, kv, cost_seconds=cost_seconds, ttl_seconds=ttl_seconds)
-            self._journal.revive(key.id)
-        except BaseException:
-            self._undo(key.id, new)
-            raise
-
-    def _move(
-        self, source: MovesBytes, target: MovesBytes, key_id: str, cost: float, ttl_seconds: float | None
-    ) -> None:
-        """Copy an entry that was just put.
-
-        Raises:
-            StoreWriteError: it cannot be read again, or not be written.
-        """
-        try:
-            entry = source.export_bytes(key_id)
-            expires = entry.expires
-            if expires is None and ttl_seconds is not None:
-                expires = time.time() + ttl_seconds
-            target.import_bytes(replace(entry, cost_seconds=entry.cost_seconds or cost, expires=expires))
-        except (CacheMiss, Damaged) as error:
-            what = f"entry {key_id[:12]} was written and cannot be read: {error}"
-            raise StoreWriteError(errno.EIO, what) from error
-
-    def _undo(self, key_id: str, tiers: Sequence[Tier]) -> None:
-        for tier in tiers:
-            try:
-                tier.store.delete(key_id)
-            except _TROUBLE as error:
-                logger.warning(
-                    "entry %s was not put and may still be in %s: %s", key_id[:12], tier.name, error
-                )
-
-    def _upload(self, key_id: str, name: str) -> bool:
-        """Bring a pending entry from the first lasting tier to another; False if it has to wait."""
-        target = next((tier for tier in self._lasting[1:] if tier.name == name), None)
-        source = self._lasting[0].mover
-        if target is None or target.mover is None or source is None:
-            return False  # of a tier that is not there this time
-        with self._locked(key_id):
-            while self._journal.is_pending(key_id, name):
-                was_there = key_id in self._lasting[0].store
-                try:
-                    target.mover.import_bytes(source.export_bytes(key_id))
-                except (CacheMiss, Damaged, EntryTooLarge) as error:
-                    self._give_up(key_id, name, error, was_there=was_there)
-                except _TROUBLE as error:
-                    self._count("write_failures")
-                    logger.warning("entry %s could not be uploaded: %s", key_id[:12], error)
-                    return False
-                else:
-                    self._journal.settle(key_id, name)
-        return True
-
-    def _give_up(self, key_id: str, name: str, error: Exception, *, was_there: bool) -> None:
-        """Settle what cannot be uploaded, unless a process that had noted it has written it meanwhile."""
-        first = self._lasting[0].store
-        if self._journal.settle(key_id, name, unless=lambda: not was_there and key_id in first):
-            logger.warning("entry %s will not be uploaded: %s", key_id[:12], error)
-
-    def _hold_pending(self) -> None:
-        """Hold what earlier processes have left to upload."""
-        try:
-            self._journal.hold_pending()
-        except (sqlite3.Error, *_TROUBLE) as error:
-            logger.warning("entries may be evicted before they are uploaded: %s", error)
-
-    def _erase(self, key_id: str, tiers: Sequence[Tier]) -> tuple[list[Receipt], dict[str, Exception]]:
-        """Delete in these tiers, as far as they can be reached, and note which have confirmed it."""
-        receipts: list[Receipt] = []
-        failures: dict[str, Exception] = {}
-        for tier in tiers:
-            try:
-                receipts.append(tier.store.delete(key_id))
-            except _TROUBLE as error:
-                failures[tier.name] = error
-        self._journal.confirm(key_id, [tier.name for tier in tiers if tier.name not in failures])
-        return receipts, failures
-
-    def _locked(self, key_id: str) -> AbstractContextManager[bool]:
-        """What keeps moves and deletions of one entry apart."""
-        return self._locks[hash(key_id) % _LOCKS]
-
-    def _count(self, *names: str) -> None:
-        with self._count_lock:
-            self._counts.update(names)
-
-    def _warn(self, tier: Tier, key_id: str, error: Exception) -> None:
-        logger.warning("entry %s cannot be read from %s: %s", key_id[:12], tier.name, error)
