@@ -105,10 +105,11 @@ class Writer:
         """Give an entry another end; false if there is none."""
         with self._ledger.locked():
             try:
-                before, now = self._folder.manifest(key_id), self._clock.now()
+                (before, _), now = self._folder.revealed(key_id), self._clock.now()
             except Damaged:
                 return False  # deleted since, or not worth it
             manifest = replace(before, created=now, expires=_end(now, ttl_seconds))
+            manifest = layout.resealed(manifest, self._folder.filters)
             with self._ledger.changing([key_id], {key_id: manifest}):
                 self._folder.rewrite(key_id, manifest)
         return True

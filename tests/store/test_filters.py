@@ -136,6 +136,29 @@ def test_a_new_time_to_live_leaves_the_rows_readable(tmp_path: Path, way: str) -
     assert store.check().ok
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_another_end_leaves_the_rows_readable(tmp_path: Path, way: str) -> None:
+    store = DiskStore(tmp_path, **WAYS[way])
+    store.put(key_of(), ROWS)
+    for ttl in (1000.0, None):
+        assert store.expire(key_of().id, ttl)
+        for other in (store, DiskStore(tmp_path, **WAYS[way])):
+            assert_same_rows(other.get(key_of()), ROWS)
+            info = other.info(key_of().id)
+            assert info is not None
+            assert (info.expires is None) == (ttl is None)
+    assert store.check().ok
+    assert store.stats().damaged == 0
+
+
+def test_without_the_key_no_end_is_changed(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, key=MASTER)
+    store.put(key_of(), ROWS)
+    with pytest.raises(ConfigError, match="open it with its key"):
+        DiskStore(tmp_path).expire(key_of().id, 1000.0)
+    assert_same_rows(store.get(key_of()), ROWS)
+
+
 # --- compression --------------------------------------------------------------------------------
 
 
