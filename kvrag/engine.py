@@ -44,6 +44,7 @@ from kvrag.store.base import KVStore
 from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
 from kvrag.store.tenants import Tenant
+from kvrag.store.objects import ObjectStore
 from kvrag.stores import Ahead, open_store
 from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
@@ -79,7 +80,7 @@ class Engine:
         recompute: str = "auto",
         costs: CostTable | None = None,
         memory_bytes: int | None = None,
-        objects: str | None = None,
+        objects: str | ObjectStore | None = None,
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
@@ -98,7 +99,8 @@ class Engine:
             costs: what loading and reading take; None: measured when it matters, and kept beside the store.
             memory_bytes: of a tier in memory in front of the store: on the model's device, which is what pays
                 on a GPU; on a CPU it holds what comes from `objects` where there is no folder.
-            objects: URL of a bucket behind the store, such as "s3://bucket/prefix".
+            objects: a bucket behind the store: its URL, such as "s3://bucket/prefix", or an `ObjectStore`
+                where it needs options.
             budget_bytes: what the entries of a store that is given as a folder may take.
             max_batch: most answers under way; more wait until one of these is complete, first come, first
                 served. Bounds the memory that answers take.
@@ -156,7 +158,7 @@ class Engine:
         recompute: str = "auto",
         costs: CostTable | None = None,
         memory_bytes: int | None = None,
-        objects: str | None = None,
+        objects: str | ObjectStore | None = None,
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
