@@ -40,14 +40,16 @@ from kvrag.sessions.session import Session, loaded_session
 from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import check_room
 from kvrag.sessions.turn import Recalls
+from kvrag.speeds import disk_of
 from kvrag.store.base import KVStore
 from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
-from kvrag.store.tenants import Tenant
 from kvrag.store.objects import ObjectStore
+from kvrag.store.tenants import Tenant
 from kvrag.stores import Ahead, open_store
 from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
+from kvrag.trial.choice import AUTO, MAX_KL, fitting_codec
 from kvrag.worker import Worker
 
 if TYPE_CHECKING:  # an engine without an archive does without Chroma
@@ -75,6 +77,7 @@ class Engine:
         *,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        max_kl: float | None = None,
         tenant: Tenant | None = None,
         token_budget: int = 2048,
         recompute: str = "auto",
@@ -92,7 +95,10 @@ class Engine:
             model: the decoder.
             store: a store, a folder for one (encrypted if KVRAG_STORE_KEY is set), or None for none.
             policy: what answers do with their documents, or its name; an answer may have one of its own.
-            codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md).
+            codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md); or
+                "auto": the smallest that loses at most `max_kl`, measured on sample prompts the first time
+                that the store sees this model, and remembered there.
+            max_kl: what "auto" allows, in nats of the next tokens' distributions; None: 0.01.
             tenant: whose texts these are: nobody else can find their entries; None: a name space for all.
             token_budget: most tokens per forward pass while encoding documents, padding included.
             recompute: read documents anew that the store has: "auto" where that is faster, "never", "always".
@@ -110,8 +116,11 @@ class Engine:
             known: texts that are looked for in prompts of which no chunks are named; None: a new registry.
 
         Raises:
-            ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be.
+            ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be; a
+                budget without "auto", or a model on which nothing can be measured.
         """
+        if max_kl is not None and codec != AUTO:
+            raise ConfigError(f"max_kl={max_kl} chooses a codec, and codec={codec!r} names one; give 'auto'")
         self.model = model
         self.policy = preset(policy) if isinstance(policy, str) else policy
         self.store = open_store(
@@ -124,7 +133,7 @@ class Engine:
         self._caches = Caches(
             model,
             self.store,
-            codec=codec,
+            codec="raw" if codec == AUTO else codec,
             tenant=tenant,
             token_budget=token_budget,
             recompute=recompute,
@@ -141,6 +150,8 @@ class Engine:
         self._many: WeakSet[Sessions] = WeakSet()
         passes = Passes(model, self.pass_tokens)
         self._worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
+        if codec == AUTO:
+            self._fit_codec(MAX_KL if max_kl is None else max_kl)
 
     @classmethod
     def from_pretrained(
@@ -153,6 +164,7 @@ class Engine:
         max_length: int | None = None,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        max_kl: float | None = None,
         tenant: Tenant | None = None,
         token_budget: int = 2048,
         recompute: str = "auto",
@@ -177,6 +189,7 @@ class Engine:
             store,
             policy=policy,
             codec=codec,
+            max_kl=max_kl,
             tenant=tenant,
             token_budget=token_budget,
             recompute=recompute,
@@ -508,6 +521,16 @@ class Engine:
             self._caches.prefetch(behind, [t for t, _ in pairs], [c for _, c in pairs], num_layers),
             self._caches.prefetch_entries(keys, num_layers),
         )
+
+    def _fit_codec(self, max_kl: float) -> None:
+        """Write by the smallest codec within a budget; without one, there is no engine."""
+        disk, form = disk_of(self.store), RagPrompt.of(self.model.text)
+        folder = None if disk is None else disk.path
+        try:
+            self.use_codec(self.call(lambda: fitting_codec(self.model, form, max_kl, folder)))
+        except BaseException:
+            self.close()
+            raise
 
     def use_codec(self, name: str) -> None:
         """Write rows by another codec from now on; entries by the one before are not found any more.
