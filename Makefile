@@ -1,5 +1,6 @@
 # make demo     set everything up and run the demo (MODEL=Qwen/Qwen2.5-7B-Instruct for another model)
 # make test     set everything up and run the tests (ARGS="-k plan" for some of them)
+# make test-s3  the store of objects against a real S3 protocol, on loopback
 # make check    style, types and import rules
 # make docs     build the documentation into site/
 #
@@ -11,13 +12,19 @@ JOBS ?= auto --maxprocesses 8
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs setup clean
+.PHONY: demo test test-s3 check docs setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kvrag demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# In a folder in front of .venv: botocore wants an older python-dateutil than chromadb's kubernetes does.
+test-s3: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --target .s3 \
+		s3fs 'moto[s3]' flask flask-cors
+	PYTHONPATH=.s3 $(VENV)/bin/python -m pytest tests/store/s3_on_loopback.py $(ARGS)
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -37,4 +44,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) .s3 site dist

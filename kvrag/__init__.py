@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kvrag.errors import DuplicateDocument as DuplicateDocument
     from kvrag.errors import EmptyDocument as EmptyDocument
     from kvrag.errors import EngineClosed as EngineClosed
+    from kvrag.errors import EntryTooLarge as EntryTooLarge
     from kvrag.errors import GenerationCancelled as GenerationCancelled
     from kvrag.errors import InputError as InputError
     from kvrag.errors import KVRagError as KVRagError
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from kvrag.errors import StoreError as StoreError
     from kvrag.errors import StoreWriteError as StoreWriteError
     from kvrag.errors import UnsupportedModel as UnsupportedModel
+    from kvrag.errors import UploadsPending as UploadsPending
     from kvrag.focus.policy import Policy as Policy
     from kvrag.index import Index as Index
     from kvrag.known import KnownTexts as KnownTexts
@@ -85,6 +87,7 @@ __all__ = [
     "EmptyDocument",
     "Engine",
     "EngineClosed",
+    "EntryTooLarge",
     "GenerationCancelled",
     "InputError",
     "KVRagError",
@@ -110,6 +113,7 @@ __all__ = [
     "Timing",
     "TokenLogprob",
     "UnsupportedModel",
+    "UploadsPending",
     "Usage",
     "__version__",
 ]
@@ -122,8 +126,9 @@ _ROOMS = {
     "corpus": "Corpus",
     "engine": "Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
-        DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
-        MissingExtra SessionDamaged SessionError StoreError StoreWriteError UnsupportedModel""",
+        DocumentTooLong DuplicateDocument EmptyDocument EngineClosed EntryTooLarge GenerationCancelled
+        InputError KVRagError MissingExtra SessionDamaged SessionError StoreError StoreWriteError
+        UnsupportedModel UploadsPending""",
     "focus.policy": "Policy",
     "index": "Index",
     "known": "KnownTexts",

@@ -26,13 +26,16 @@ from kvrag.passes import Passes
 from kvrag.prompt import RagPrompt
 from kvrag.query import Request, answer
 from kvrag.segments import KV
+from kvrag.speeds import disk_of
 from kvrag.store.base import KVStore
 from kvrag.store.found import counts_of
 from kvrag.store.key import EntryKey, Fingerprint
+from kvrag.store.objects import ObjectStore
 from kvrag.store.tenants import Tenant
 from kvrag.stores import Ahead, open_store
 from kvrag.streams import AnswerStream
 from kvrag.text import joined_tokens
+from kvrag.trial.choice import AUTO, MAX_KL, fitting_codec
 from kvrag.worker import Worker
 
 T = TypeVar("T")
@@ -54,12 +57,13 @@ class Engine(SessionHost):
         *,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        max_kl: float | None = None,
         tenant: Tenant | None = None,
         token_budget: int = 2048,
         recompute: str = "auto",
         costs: CostTable | None = None,
         memory_bytes: int | None = None,
-        objects: str | None = None,
+        objects: str | ObjectStore | None = None,
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
@@ -71,14 +75,18 @@ class Engine(SessionHost):
             model: the decoder.
             store: a store, a folder for one (encrypted if KVRAG_STORE_KEY is set), or None for none.
             policy: what answers do with their documents, or its name; an answer may have one of its own.
-            codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md).
+            codec: how rows are written to a store: "raw", "fp8", "int8" or "int4" (docs/store-format.md); or
+                "auto": the smallest that loses at most `max_kl`, measured on sample prompts the first time
+                that the store sees this model, and remembered there.
+            max_kl: what "auto" allows, in nats of the next tokens' distributions; None: 0.01.
             tenant: whose texts these are: nobody else can find their entries; None: a name space for all.
             token_budget: most tokens per forward pass while encoding documents, padding included.
             recompute: read documents anew that the store has: "auto" where that is faster, "never", "always".
             costs: what loading and reading take; None: measured when it matters, and kept beside the store.
             memory_bytes: of a tier in memory in front of the store: on the model's device, which is what pays
                 on a GPU; on a CPU it holds what comes from `objects` where there is no folder.
-            objects: URL of a bucket behind the store, such as "s3://bucket/prefix".
+            objects: a bucket behind the store: its URL, such as "s3://bucket/prefix", or an `ObjectStore`
+                where it needs options.
             budget_bytes: what the entries of a store that is given as a folder may take.
             max_batch: most answers under way; more wait until one of these is complete, first come, first
                 served. Bounds the memory that answers take.
@@ -88,8 +96,11 @@ class Engine(SessionHost):
             known: texts that are looked for in prompts of which no chunks are named; None: a new registry.
 
         Raises:
-            ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be.
+            ConfigError: no policy, or no codec, has this name, a number below one, or tiers that cannot be; a
+                budget without "auto", or a model on which nothing can be measured.
         """
+        if max_kl is not None and codec != AUTO:
+            raise ConfigError(f"max_kl={max_kl} chooses a codec, and codec={codec!r} names one; give 'auto'")
         usual = 128 if model.device.type == "cpu" else 1024
         pass_tokens = usual if pass_tokens is None else pass_tokens
         if max_batch < 1 or pass_tokens < 1:
@@ -105,7 +116,7 @@ class Engine(SessionHost):
         caches = Caches(
             model,
             opened,
-            codec=codec,
+            codec="raw" if codec == AUTO else codec,
             tenant=tenant,
             token_budget=token_budget,
             recompute=recompute,
@@ -117,6 +128,8 @@ class Engine(SessionHost):
         passes = Passes(model, pass_tokens)
         worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
         super().__init__(model, opened, caches, worker, pass_tokens=pass_tokens)
+        if codec == AUTO:
+            self._fit_codec(MAX_KL if max_kl is None else max_kl)
 
     @classmethod
     def from_pretrained(
@@ -129,12 +142,13 @@ class Engine(SessionHost):
         max_length: int | None = None,
         policy: Policy | str = PLAIN,
         codec: str = "raw",
+        max_kl: float | None = None,
         tenant: Tenant | None = None,
         token_budget: int = 2048,
         recompute: str = "auto",
         costs: CostTable | None = None,
         memory_bytes: int | None = None,
-        objects: str | None = None,
+        objects: str | ObjectStore | None = None,
         budget_bytes: int | None = None,
         max_batch: int = 16,
         pass_tokens: int | None = None,
@@ -153,6 +167,7 @@ class Engine(SessionHost):
             store,
             policy=policy,
             codec=codec,
+            max_kl=max_kl,
             tenant=tenant,
             token_budget=token_budget,
             recompute=recompute,
@@ -333,6 +348,16 @@ class Engine(SessionHost):
             self._caches.prefetch(behind, [t for t, _ in pairs], [c for _, c in pairs], num_layers),
             self._caches.prefetch_entries(keys, num_layers),
         )
+
+    def _fit_codec(self, max_kl: float) -> None:
+        """Write by the smallest codec within a budget; without one, there is no engine."""
+        disk, form = disk_of(self.store), RagPrompt.of(self.model.text)
+        folder = None if disk is None else disk.path
+        try:
+            self.use_codec(self.call(lambda: fitting_codec(self.model, form, max_kl, folder)))
+        except BaseException:
+            self.close()
+            raise
 
     def use_codec(self, name: str) -> None:
         """Write rows by another codec from now on; entries by the one before are not found any more.

@@ -21,7 +21,7 @@ def open_store(
     store: KVStore | str | Path | None,
     *,
     memory_bytes: int | None = None,
-    objects: str | None = None,
+    objects: str | ObjectStore | None = None,
     budget_bytes: int | None = None,
     device: torch.device | None = None,
 ) -> KVStore | None:
@@ -33,13 +33,14 @@ def open_store(
     Args:
         store: a store, a folder for one, or None.
         memory_bytes: of a tier in memory, on `device`; None: there is none.
-        objects: URL of a bucket; None: there is none.
+        objects: a bucket, or the URL of one, which is asked for once; None: there is none.
         budget_bytes: of the folder; None: no limit.
         device: where the model is.
 
     Raises:
-        ConfigError: a limit without a folder, memory in front of nothing, or an impossible number.
-        MissingExtra: a bucket needs `kvrag[objects]`.
+        ConfigError: a limit without a folder, memory in front of nothing, or an impossible number; a bucket
+            that does not exist or refuses these credentials. (One that does not answer is tried again later.)
+        MissingExtra: a bucket needs `kvrag[objects]`, on S3 `kvrag[s3]`.
     """
     if budget_bytes is not None and not isinstance(store, (str, Path)):
         raise ConfigError("budget_bytes is what a folder may take; expected store='folder' with it")
@@ -47,8 +48,12 @@ def open_store(
     lasting: list[KVStore] = [] if store is None or isinstance(store, (str, Path)) else [store]
     if isinstance(store, (str, Path)):
         lasting.append(DiskStore(store, key=key, budget_bytes=budget_bytes))
-    if objects is not None:
-        lasting.append(ObjectStore(objects, master_key=key))
+    if isinstance(objects, str):
+        bucket = ObjectStore(objects, master_key=key)
+        bucket.probe()
+        lasting.append(bucket)
+    elif objects is not None:
+        lasting.append(objects)
     if not lasting and memory_bytes is not None:
         raise ConfigError("memory_bytes is a tier in front of others; expected store= or objects= with it")
     front: list[KVStore] = [] if memory_bytes is None else [MemoryTier(memory_bytes, device=device)]

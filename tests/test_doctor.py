@@ -12,11 +12,8 @@ import pytest
 import torch
 
 from kvrag.doctor import Report, describe, examine
-from kvrag.doctor.codecs import CodecScore, smallest
 from kvrag.doctor.layers import LayerScores, scored
 from kvrag.doctor.policies import PolicyScore, compare, divergence, examined, recommend
-from kvrag.doctor.prompts import CONTINUATION, Prompts, full_attention
-from kvrag.doctor.samples import Case, cases
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.focus.policy import PRESETS, Policy
@@ -24,6 +21,9 @@ from kvrag.focus.repair import Deviation
 from kvrag.model import READER, Model
 from kvrag.prompt import RagPrompt
 from kvrag.testing.models import tiny, tiny_model, tiny_tokenizer
+from kvrag.trial.codecs import CodecScore, smallest
+from kvrag.trial.prompts import CONTINUATION, Prompts, full_attention
+from kvrag.trial.samples import Case, cases
 
 
 @cache

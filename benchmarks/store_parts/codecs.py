@@ -9,12 +9,12 @@ import torch
 from ttft import SMOKE, Shape, build
 
 from kvrag.compose import Arrangement, Unit
-from kvrag.doctor.codecs import CodecTrial
-from kvrag.doctor.prompts import Prepared, Prompts
-from kvrag.doctor.samples import cases
 from kvrag.engine import Engine
 from kvrag.model import Model
 from kvrag.prefill import encode
+from kvrag.trial.codecs import CodecTrial
+from kvrag.trial.prompts import Prepared, Prompts
+from kvrag.trial.samples import cases
 
 
 def measure(questions: int, *, smoke: bool) -> dict[str, object]:

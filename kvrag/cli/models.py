@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvrag.options import DeviceOption, DtypeOption, JsonOption, ModelOption
+from kvrag.cli.opening import store_folder
+from kvrag.config import home
+from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption
 from kvrag.terminal import print_json, progress_bar, stderr, stdout
 
 
@@ -18,12 +20,13 @@ def doctor(
     dtype: DtypeOption = "auto",
     questions: Annotated[int, typer.Option(help="Questions to compare policies on.", min=1)] = 8,
     max_kl: Annotated[float, typer.Option(help="What a codec may lose, in nats.", min=0.0)] = 0.01,
+    folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that a model's caches can be re-positioned, measure what each policy loses, and recommend one.
 
     The proof is exact; the measurements are small: sample documents against full attention. For a model of
-    billions of weights on a CPU, ask fewer questions.
+    billions of weights on a CPU, ask fewer questions. The disk is measured where caches lie, or would.
 
     Example: kvrag doctor Qwen/Qwen2.5-0.5B-Instruct
     """
@@ -32,10 +35,11 @@ def doctor(
     from kvrag.model import quiet  # noqa: PLC0415
 
     quiet()
-    with stderr().status(f"loading {model}"):
-        engine = Engine.from_pretrained(model, device=device, dtype=dtype)
-    with engine, progress_bar("examining") as progress:
-        report = clinic.examine(engine, questions=questions, max_kl=max_kl, progress=progress)
+    with store_folder(folder or home()) as store:
+        with stderr().status(f"loading {model}"):
+            engine = Engine.from_pretrained(model, store=store, device=device, dtype=dtype)
+        with engine, progress_bar("examining") as progress:
+            report = clinic.examine(engine, questions=questions, max_kl=max_kl, progress=progress)
     if as_json:
         print_json(asdict(report))
     else:

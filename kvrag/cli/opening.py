@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kvrag.config import home
@@ -37,6 +41,19 @@ def secret(file: Path | None) -> bytes | None:
         raise InputError(f"{file}: {error}") from error
 
 
+@contextmanager
+def store_folder(place: Path) -> Iterator[Any]:
+    """The folder's store, to measure its disk by; an empty one beside where it would lie if there is none."""
+    from kvrag.store.disk import DiskStore  # noqa: PLC0415
+
+    if (place / "store").is_dir():
+        yield DiskStore(place / "store")  # no entry is read, so no key is needed
+        return
+    near = next((p for p in place.absolute().parents if p.is_dir() and os.access(p, os.W_OK)), None)
+    with TemporaryDirectory(prefix=".kvrag-doctor-", dir=near, ignore_cleanup_errors=True) as made:
+        yield DiskStore(made)
+
+
 def load_engine(
     place: Any,
     model: str | None,
@@ -44,6 +61,7 @@ def load_engine(
     dtype: str,
     *,
     codec: str | None = None,
+    max_kl: float | None = None,
 ) -> Any:
     """An engine with the folder's store; the folder's model and codec unless others are given."""
     from kvrag.engine import Engine  # noqa: PLC0415
@@ -58,6 +76,7 @@ def load_engine(
             device=device,
             dtype=dtype,
             codec=codec or place.codec(),
+            max_kl=max_kl,
             tenant=place.tenant,
         )
 

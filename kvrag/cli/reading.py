@@ -29,7 +29,7 @@ from kvrag.options import (
     TtlOption,
     parse_seconds,
 )
-from kvrag.terminal import count, print_json, progress_bar, size, stdout, tell, token_bar
+from kvrag.terminal import count, print_json, progress_bar, size, stderr, stdout, tell, token_bar
 
 
 def ingest(
@@ -45,12 +45,18 @@ def ingest(
     by_paragraph: ByParagraphOption = False,
     context: ContextOption = None,
     codec: Annotated[
-        str | None, typer.Option(help="How caches are written: raw, fp8, int8 or int4 [as before; raw].")
+        str | None,
+        typer.Option(
+            help="How caches are written: raw, fp8, int8, int4, or auto: what --max-kl allows on sample "
+            "prompts, measured once for a model [as before; raw]."
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="Take the smallest codec that loses at most so many nats on these documents.", min=0.0
+            help="Take the smallest codec that loses at most so many nats on these documents; with --codec "
+            "auto on sample prompts.",
+            min=0.0,
         ),
     ] = None,
     ttl: TtlOption = None,
@@ -68,15 +74,20 @@ def ingest(
     from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
-    if codec is not None and max_kl is not None:
-        raise InputError("--codec names the codec and --max-kl chooses one; give one of them")
+    if codec not in (None, "auto") and max_kl is not None:
+        raise InputError(
+            "--codec names the codec and --max-kl chooses one; give one of them, or --codec auto"
+        )
     chosen = None if context is None else Context.parse(context)
     place = open_home(folder, chroma, collection, tenant)
     remember(place, ttl=ttl, budget=budget)
     texts = list(files.load(paths))
-    with load_engine(place, model, device, dtype, codec=codec) as engine:
+    limit = max_kl if codec == "auto" else None
+    with load_engine(place, model, device, dtype, codec=codec, max_kl=limit) as engine:
         warn_of_reader(engine, place)
-        if max_kl is not None:
+        if codec == "auto":
+            stderr().print(f"codec {engine.codec}, of those measured on this model")
+        elif max_kl is not None:
             fit_codec(engine, place, [document.text for document in texts], chunk_tokens, max_kl)
         with progress_bar("reading") as progress:
             report = homes.ingest(

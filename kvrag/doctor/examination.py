@@ -6,22 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from kvrag.doctor.codecs import CodecScore, CodecTrial, smallest
 from kvrag.doctor.exactness import Exactness, exactness
 from kvrag.doctor.layers import LayerScores, layer_scores
 from kvrag.doctor.policies import PolicyScore, Recommendation, compare, examined, recommend
-from kvrag.doctor.prompts import Prepared, Prompts
-from kvrag.doctor.samples import TEXTS, Case, cases
+from kvrag.doctor.speeds import SpeedReport, speeds_of
 from kvrag.engine import Engine
-from kvrag.errors import ConfigError
 from kvrag.model import Model
 from kvrag.prompt import RagPrompt
 from kvrag.rotary import LayerSpec
+from kvrag.trial.choice import MAX_KL, check_max_kl
+from kvrag.trial.codecs import CodecScore, CodecTrial, smallest
+from kvrag.trial.prompts import Prepared, Prompts
+from kvrag.trial.samples import TEXTS, Case, cases
 
 Progress = Callable[[int, int], None]
-
-# What a codec may lose, in nats, unless somebody says otherwise.
-MAX_KL = 0.01
 
 # Counting which layer is right needs more questions than averaging does; each is read from caches only.
 _PER_QUESTION = 4
@@ -43,6 +41,7 @@ class Report(Exactness):
         codecs: what each loses, and how much it writes.
         codec: the one that writes least within the budget.
         max_kl: the budget.
+        speeds: of disk, link and model here, and what they imply; None: not measured.
     """
 
     model: str
@@ -56,12 +55,16 @@ class Report(Exactness):
     codecs: tuple[CodecScore, ...] = ()
     codec: str | None = None
     max_kl: float = MAX_KL
+    speeds: SpeedReport | None = None
 
 
 def examine(
     engine: Engine, *, questions: int = 8, max_kl: float = MAX_KL, progress: Progress | None = None
 ) -> Report:
     """Run the proofs, then the measurements on sample documents, on the engine's thread.
+
+    Speeds are those of `Engine.measure`, which keeps them beside the engine's store: answers that choose
+    between loading and reading anew need not measure again.
 
     Args:
         engine: the model.
@@ -72,10 +75,12 @@ def examine(
     Raises:
         ConfigError: the budget is negative.
     """
-    if not max_kl >= 0:
-        raise ConfigError(f"max_kl={max_kl}: expected 0 nats or more")
+    check_max_kl(max_kl)
     form = engine.encoder().prompt
-    return engine.call(lambda: _examine(engine.model, form, questions, max_kl, progress or (lambda *_: None)))
+    report = engine.call(
+        lambda: _examine(engine.model, form, questions, max_kl, progress or (lambda *_: None))
+    )
+    return replace(report, speeds=speeds_of(engine, report.codecs)) if report.is_exact else report
 
 
 def _examine(model: Model, form: RagPrompt, questions: int, max_kl: float, progress: Progress) -> Report:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvrag.doctor.codecs import CodecScore, CodecTrial, smallest
-from kvrag.doctor.prompts import Prompts
-from kvrag.doctor.samples import Case
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.prompt import RagPrompt
+from kvrag.trial.choice import check_max_kl, scores_on
+from kvrag.trial.codecs import CodecScore, smallest
+from kvrag.trial.samples import Case
 
 _NUM_DOCUMENTS = 4
 _WORDS = 8
@@ -58,21 +58,16 @@ def fit_codec(
     Raises:
         ConfigError: the budget is negative, or no prompts are wanted.
     """
-    if not max_kl >= 0 or questions < 1:
-        raise ConfigError(f"max_kl={max_kl}, questions={questions}: expected 0 nats or more, and a question")
+    check_max_kl(max_kl)
+    if questions < 1:
+        raise ConfigError(f"questions={questions}: expected at least 1")
     form = form or engine.encoder().prompt
     asked = list(_cases([text for text in dict.fromkeys(texts) if text.strip()], questions))
-    fit = engine.call(lambda: _measure(engine, form, asked, max_kl))
+    count, scores = engine.call(lambda: scores_on(engine.model, form, asked))
+    best = smallest(scores, max_kl)
+    fit = CodecFit("raw" if best is None else best.name, max_kl, count, scores)
     engine.use_codec(fit.codec)
     return fit
-
-
-def _measure(engine: Engine, form: RagPrompt, asked: Sequence[Case], max_kl: float) -> CodecFit:
-    prompts, trial = Prompts(engine.model, form), CodecTrial(engine.model)
-    prepared = (one for case in asked if (one := prompts.prepare(case)) is not None)
-    count = sum(1 for _ in trial.through(prepared))
-    best = smallest(trial.scores, max_kl)
-    return CodecFit("raw" if best is None else best.name, max_kl, count, trial.scores)
 
 
 def _cases(texts: Sequence[str], count: int) -> Iterator[Case]:

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
-from kvrag.doctor.prompts import Prepared
 from kvrag.focus.policy import PLAIN
 from kvrag.focus.pruning import AttentionScore, Pruning
 from kvrag.looking import look
 from kvrag.model import Model
+from kvrag.trial.prompts import Prepared
 
 _SIGNIFICANT = 0.01
 

@@ -7,17 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-import torch
-
-from kvrag.attention import Looking
-from kvrag.doctor.prompts import Full, Prepared, full_attention
 from kvrag.focus import policy as policies
 from kvrag.focus.policy import PLAIN, Policy
 from kvrag.focus.pruning import Pruning
-from kvrag.looking import Look, look
+from kvrag.looking import look
 from kvrag.model import Model
-from kvrag.prefill import read
-from kvrag.segments import SegmentTable
+from kvrag.trial.divergence import divergence, logits_of
+from kvrag.trial.prompts import Full, Prepared, full_attention
 
 # What counts as good as the best. Below the floor, differences of KL are not worth any cost.
 KL_FACTOR, KL_FLOOR, TOP1_MARGIN = 1.5, 0.01, 0.05
@@ -110,27 +106,6 @@ def _score(model: Model, one: Prepared, full: Full, policy: Policy) -> PolicySco
         rows / one.num_rows,
         seconds,
     )
-
-
-def logits_of(model: Model, found: Look, policy: Policy, answer: Sequence[int]) -> torch.Tensor:
-    """[1 + len(answer), V], float32: next tokens behind the question and behind each token of the answer."""
-    assert isinstance(found.tables, SegmentTable)  # no policy here decodes with tables of its own per layer
-    behind = read(
-        model,
-        found.tables.seen_from(found.fresh.num_rows),
-        answer,
-        range(found.composed.end, found.composed.end + len(answer)),
-        found.fresh,
-        looking=Looking(policy.group) if policy.group else None,
-        logits_to_keep=0,
-    )
-    return torch.cat((found.read.logits[-1:], behind.logits)).float()
-
-
-def divergence(full: torch.Tensor, other: torch.Tensor) -> float:
-    """KL divergence of `other` from `full` in nats, both [n, V] logits, mean over rows."""
-    p, q = full.log_softmax(-1), other.log_softmax(-1)
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))  # rounding can leave equals below zero
 
 
 def _mean(column: Sequence[PolicyScore]) -> PolicyScore:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from kvrag.doctor.examination import Report
 from kvrag.doctor.layers import LayerScores
-from kvrag.doctor.prompts import CONTINUATION
+from kvrag.doctor.speeds import describe_speeds
+from kvrag.trial.prompts import CONTINUATION
 
 _WIDTH = 80
 _LAYERS_PER_LINE = 10
@@ -38,6 +39,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield from textwrap.wrap(report.recommended.why, _WIDTH, initial_indent="  ", subsequent_indent="  ")
     if report.codecs:
         yield from _codecs(report)
+    if report.speeds is not None:
+        yield from describe_speeds(report.speeds)
 
 
 def _policies(report: Report) -> Iterator[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,21 @@ from kvrag.store.files import PARTIAL, commit, make_folder, remove, write_partia
 _PIECE = 16 << 20
 # Where one upload appears whole or not at all. Elsewhere an object is written beside its place and moved.
 _ATOMIC = frozenset("abfs abfss az gcs gs memory oci oss s3 s3a".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One object as a list says.
+
+    Attributes:
+        name: below the root.
+        num_bytes: its length.
+        modified: when it was written, in seconds since 1970; 0 if the list does not say.
+    """
+
+    name: str
+    num_bytes: int
+    modified: float
 
 
 class Bucket:
@@ -27,7 +45,7 @@ class Bucket:
 
     Raises:
         ConfigError: no such kind of URL, or options that it does not have.
-        MissingExtra: fsspec is not installed.
+        MissingExtra: fsspec, or its package for S3, is not installed.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -40,12 +58,18 @@ class Bucket:
         options = {"use_listings_cache": False, **options}
         try:
             self._fs, root = fsspec.url_to_fs(url, **options)
-        except (ValueError, TypeError, ImportError) as error:
+        except ImportError as error:
+            if url.split(":", maxsplit=1)[0] in ("s3", "s3a"):
+                raise MissingExtra("s3fs", "s3") from error
+            raise ConfigError(f"{url}: fsspec cannot open this: {error}") from error
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{url}: fsspec cannot open this: {error}") from error
         self._root = root.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
         protocol = self._fs.protocol
-        self._is_atomic = not _ATOMIC.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+        names = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._is_atomic = not _ATOMIC.isdisjoint(names)
+        self._has_buckets = self._is_atomic and "memory" not in names
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Some bytes of an object, fewer if it ends before.
@@ -108,8 +132,8 @@ class Bucket:
         self._fs.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
         self._fs.mv(self._path(name), self._path(to))
 
-    def list(self, folder: str = "", wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, int]]:
-        """Names below a folder, relative to the root, and their sizes."""
+    def list(self, folder: str = "", wanted: Callable[[str], bool] = bool) -> Iterator[Object]:
+        """Objects below a folder of the root whose names are wanted."""
         at = self._path(folder) if folder else self._root
         try:
             found = self._fs.find(at, detail=True)
@@ -118,7 +142,20 @@ class Bucket:
         for path, info in found.items():
             name = path[len(self._root) :].lstrip("/")
             if wanted(name):
-                yield name, int(info["size"])
+                yield Object(name, int(info["size"]), _modified(info))
+
+    def probe(self) -> None:
+        """Ask once whether the bucket can be read.
+
+        Raises:
+            FileNotFoundError: there is no such bucket. (A folder that is not there yet is none.)
+            Exception: whatever the library raises: no permission, no network, ...
+        """
+        try:
+            self._fs.ls(self._root, detail=False)
+        except FileNotFoundError:
+            if self._has_buckets and not self._fs.exists(self._root.split("/")[0]):
+                raise
 
     def address(self, name: str) -> str:
         """The object's URL, without anything secret."""
@@ -126,3 +163,31 @@ class Bucket:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether trying again helps nobody: no credentials, wrong ones, no permission, no such bucket."""
+    return isinstance(error, (PermissionError, FileNotFoundError)) or "Credentials" in type(error).__name__
+
+
+def in_words(error: Exception) -> str:
+    """An error of a file system's library, and what can be done where that is known."""
+    if isinstance(error, PermissionError):
+        return f"access was denied ({error}); check the credentials and what they allow"
+    if "Credentials" in type(error).__name__:
+        return f"there are no credentials ({error}); docs/tiers.md says where they can be"
+    return repr(error)
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """When an object was written, as far as this kind of file system says."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        found = info.get(name)
+        with suppress(ValueError):
+            if isinstance(found, str):
+                found = datetime.fromisoformat(found)
+            if isinstance(found, datetime):
+                return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+            if isinstance(found, (int, float)):
+                return float(found)
+    return 0.0

@@ -178,3 +178,18 @@ def test_a_codec_cannot_be_both_named_and_chosen(
 ) -> None:
     done = run("ingest", "notes", "--model", model, "--max-kl", "1", "--codec", "int8")
     assert_refused(done, "give one of them")
+
+
+def test_a_codec_is_chosen_for_the_model_and_remembered(
+    run: Run, notes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvrag.trial import choice
+
+    monkeypatch.setattr(choice, "_QUESTIONS", 1)
+    auto = ("ingest", "notes", "--model", model, "--codec", "auto")
+    done = run(*auto, "--max-kl", "1000")
+    assert re.search("^codec (fp8|int8|int4), of those measured on this model$", done.err, re.MULTILINE)
+    assert (Path(".kvrag") / "store" / choice.FILE).exists()
+    assert Home(".kvrag").codec() != "raw"
+    monkeypatch.setattr(choice, "scores_on", None)  # measured before
+    assert run(*auto, "--max-kl", "0", "--json").object["codec"] == "raw"

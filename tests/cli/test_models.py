@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,20 @@ def test_the_doctor_is_content_with_a_good_model(run: Run, model: Path) -> None:
     assert "against full attention (1 questions over 8 documents, 9 tokens each)" in done.out
     assert "recommended: " in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines()[1:])  # the first one has the model's name
+    assert "speeds, measured on this machine" in done.out
+    assert "a document is loaded faster than it is read anew" in done.out
+    assert sorted(path.name for path in Path().iterdir()) == []  # the disk was measured, and nothing left
+
+
+def test_the_doctor_keeps_speeds_beside_the_caches(run: Run, notes: Path, model: Path) -> None:
+    assert run("ingest", notes, "--model", model).status == 0
+    found = run("doctor", model, "--questions", "1", "--json").object["speeds"]
+    kept = next(iter(json.loads(Path(".kvrag/store/costs.json").read_text()).values()))
+    assert kept["tiers"]["disk"][0] == found["tiers"]["disk"]["bytes_per_second"] > 0
+    assert [*found["prefill"]["short"], *found["prefill"]["long"]] == kept["prefill"]
+    assert {even["codec"] for even in found["break_even"]} >= {"raw", "int8"}
+    for even in found["break_even"]:
+        assert even["tokens"] is None or even["tokens"] >= 1
 
 
 def test_the_doctor_refuses_a_bad_model(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

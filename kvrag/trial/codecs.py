@@ -9,8 +9,6 @@ from statistics import fmean
 import torch
 
 from kvrag.compose import Arrangement
-from kvrag.doctor.policies import divergence, logits_of
-from kvrag.doctor.prompts import CONTINUATION, Prepared
 from kvrag.errors import ConfigError
 from kvrag.focus.policy import PLAIN
 from kvrag.looking import look
@@ -18,6 +16,8 @@ from kvrag.model import Model
 from kvrag.prefill import read
 from kvrag.segments import KV, SegmentTable
 from kvrag.store.codec import CODECS, Codec
+from kvrag.trial.divergence import divergence, logits_of
+from kvrag.trial.prompts import CONTINUATION, Prepared
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from kvrag.compose import Arrangement, Unit
-from kvrag.doctor.samples import Case
 from kvrag.model import Model
 from kvrag.prefill import encode
 from kvrag.prompt import RagPrompt
 from kvrag.segments import KV
+from kvrag.trial.samples import Case
 
 CONTINUATION = 8  # tokens of the answer at which policies are compared, beside the first
 
