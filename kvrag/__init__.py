@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvrag.errors import MissingExtra as MissingExtra
     from kvrag.errors import SessionDamaged as SessionDamaged
     from kvrag.errors import SessionError as SessionError
+    from kvrag.errors import SessionSealed as SessionSealed
     from kvrag.errors import StoreError as StoreError
     from kvrag.errors import StoreWriteError as StoreWriteError
     from kvrag.errors import UnsupportedModel as UnsupportedModel
@@ -103,6 +104,7 @@ __all__ = [
     "Session",
     "SessionDamaged",
     "SessionError",
+    "SessionSealed",
     "Sessions",
     "StoreError",
     "StoreWriteError",
@@ -123,7 +125,7 @@ _ROOMS = {
     "engine": "Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
         DocumentTooLong DuplicateDocument EmptyDocument EngineClosed GenerationCancelled InputError KVRagError
-        MissingExtra SessionDamaged SessionError StoreError StoreWriteError UnsupportedModel""",
+        MissingExtra SessionDamaged SessionError SessionSealed StoreError StoreWriteError UnsupportedModel""",
     "focus.policy": "Policy",
     "index": "Index",
     "known": "KnownTexts",

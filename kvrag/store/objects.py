@@ -28,6 +28,7 @@ from kvrag.store.key import EntryKey, token_bytes
 from kvrag.store.layout import Damaged, Manifest
 from kvrag.store.lazy import FetchedLayers
 from kvrag.store.moving import HEADER_BYTES, EntryBytes, Frame, in_one_piece
+from kvrag.store.sealing import MasterKey
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,11 @@ class ObjectStore:
             raise self._unread(key.id, error) from error
         self._count("hits")
         return kv
+
+    @property
+    def master_key(self) -> MasterKey | None:
+        """What its entries are encrypted with; None: they are not."""
+        return self._filters.key
 
     @property
     def tier_names(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from kvrag.store.journal import Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
 from kvrag.store.moving import EntryBytes, MovesBytes
+from kvrag.store.sealing import MasterKey
 from kvrag.store.stack import Tier, TierStats, info_of, merged, placed
 from kvrag.store.traffic import Traffic
 from kvrag.store.uploads import Uploads
@@ -95,6 +96,12 @@ class TieredStore:
     def disk(self) -> DiskStore | None:
         """The first tier on a disk of this machine, if there is one."""
         return next((tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)), None)
+
+    @property
+    def master_key(self) -> MasterKey | None:
+        """What the entries that last are encrypted with; None: they are not."""
+        keys = (getattr(tier.store, "master_key", None) for tier in self._lasting)
+        return next((key for key in keys if key is not None), None)
 
     @property
     def traffic(self) -> Traffic:
