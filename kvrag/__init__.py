@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from kvrag.errors import MissingExtra as MissingExtra
     from kvrag.errors import SessionDamaged as SessionDamaged
     from kvrag.errors import SessionError as SessionError
+    from kvrag.errors import SessionSealed as SessionSealed
     from kvrag.errors import StoreError as StoreError
     from kvrag.errors import StoreWriteError as StoreWriteError
     from kvrag.errors import UnsupportedModel as UnsupportedModel
@@ -106,6 +107,7 @@ __all__ = [
     "Session",
     "SessionDamaged",
     "SessionError",
+    "SessionSealed",
     "Sessions",
     "StoreError",
     "StoreWriteError",
@@ -127,8 +129,8 @@ _ROOMS = {
     "engine": "Engine",
     "errors": """CacheMiss ConfigError ContextOverflow CorpusError CorpusLocked DocumentNotFound
         DocumentTooLong DuplicateDocument EmptyDocument EngineClosed EntryTooLarge GenerationCancelled
-        InputError KVRagError MissingExtra SessionDamaged SessionError StoreError StoreWriteError
-        UnsupportedModel UploadsPending""",
+        InputError KVRagError MissingExtra SessionDamaged SessionError SessionSealed StoreError
+        StoreWriteError UnsupportedModel UploadsPending""",
     "focus.policy": "Policy",
     "index": "Index",
     "known": "KnownTexts",

@@ -144,6 +144,8 @@ class MemoryUse:
         spans: those spans.
         went_back: turns that were taken back because the history is another one.
         anew: the whole conversation was read, because none of what was known began like it.
+        pinned_read: of `pinned`, read for this turn: what had no rows yet, neither in the store nor from
+            before.
     """
 
     pinned: int
@@ -155,6 +157,7 @@ class MemoryUse:
     went_back: int = 0
     anew: bool = False
     spans: tuple[RecalledSpan, ...] = ()
+    pinned_read: int = 0
 
     @property
     def forgotten(self) -> int:

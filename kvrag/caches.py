@@ -126,6 +126,10 @@ class Caches:
         self.codec = codec_named(name)
         self._fingerprints.clear()
 
+    def has_prefix(self, tokens: Tokens) -> bool:
+        """Whether rows of a prefix are in memory."""
+        return tokens in self._prefixes
+
     def prefix(self, tokens: Tokens) -> KV | None:
         """Rows of a prefix, kept in memory once read; None for an empty one."""
         if not tokens:

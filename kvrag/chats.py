@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, KVRagError
 from kvrag.memory.base import MemoryPolicy
 from kvrag.sessions.many import Sessions
 from kvrag.sessions.session import Session
+
+if TYPE_CHECKING:  # without an archive there is no need for Chroma
+    from kvrag.archive.archive import Archive
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,15 @@ class ChatSettings:
         memory: of each: a policy, or the name of one.
         budget: of a policy that is given by name.
         options: more arguments of `Engine.sessions`, such as `system` or `budget_bytes`.
+        archive: where all that is said is kept, to come back when it is needed: one that is open, or a folder
+            or address for `Engine.archive`; None: what is forgotten is lost.
     """
 
     sessions: Sessions | str | Path | None = None
     memory: MemoryPolicy | str = "cascade"
     budget: int | str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    archive: Archive | str | Path | None = None
 
     def __post_init__(self) -> None:
         """Check what belongs to what.
@@ -47,12 +53,25 @@ class ChatSettings:
             raise ConfigError(
                 f"sessions is a {type(self.sessions).__name__}; expected kvrag.Sessions, or a folder"
             )
-        told = (self.memory, self.budget, dict(self.options))
-        if isinstance(self.sessions, Sessions) and told != ("cascade", None, {}):
+        if isinstance(self.sessions, Sessions) and self.told != ("cascade", None, {}, None):
             raise ConfigError(
-                "memory, its budget and options are for sessions that are made here; "
+                "memory, its budget, options and archive are for sessions that are made here; "
                 "those that were given have their own"
             )
+        if self.archive is not None and "archive" in self.options:
+            raise ConfigError("archive is given twice, also among the options of sessions; leave one out")
+        if not isinstance(self.archive, str | Path | None):
+            from kvrag.archive.archive import Archive  # noqa: PLC0415 - needs Chroma
+
+            if not isinstance(self.archive, Archive):
+                raise ConfigError(
+                    f"archive is {self.archive!r}; expected a folder, or what Engine.archive gives"
+                )
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What sessions are made with."""
+        return self.memory, self.budget, dict(self.options), self.archive
 
 
 class Chats:
@@ -73,6 +92,7 @@ class Chats:
         self._engine, self._settings, self._holder = engine, settings, holder
         self._lock = threading.Lock()
         self._folder: _Folder | None = None
+        self._archive: _Archive | None = None
         self._alone: dict[str, Session] = {}
 
     def __copy__(self) -> Chats:
@@ -124,34 +144,72 @@ class Chats:
     def _made(self, name: str) -> Session:
         settings = self._settings
         options = {key: value for key, value in settings.options.items() if key != _OF_MANY}
+        if settings.archive is not None:
+            self._archive = self._archive or _archived(self._engine, settings.archive)
+            options["archive"] = self._archive.archive
         return self._engine.session(settings.memory, budget=settings.budget, name=name, **options)
 
 
 class _Folder:
-    """Sessions of a folder, written when nobody holds this any more."""
+    """Sessions of a folder, written when nobody holds this any more; their archive is closed behind them."""
 
-    def __init__(self, sessions: Sessions, settings: ChatSettings, holder: object) -> None:
+    def __init__(
+        self, sessions: Sessions, settings: ChatSettings, archive: _Archive | None, holder: object
+    ) -> None:
         self.sessions, self.settings, self.holder = sessions, settings, holder
-        weakref.finalize(self, _let_go, sessions)
+        weakref.finalize(self, _let_go, sessions.close, archive)
 
 
-def _let_go(sessions: Sessions) -> None:
-    """Close, whichever thread has dropped the last share: the model's must not wait for itself."""
+class _Archive:
+    """An archive; closed when nobody holds this any more, if it was opened here."""
+
+    def __init__(self, archive: Archive, *, is_mine: bool) -> None:
+        self.archive = archive
+        if is_mine:
+            weakref.finalize(self, _let_go, archive.close, None)
+
+
+def _let_go(close: Callable[[], None], behind: object) -> None:
+    """Close, whichever thread has dropped the last share: the model's must not wait for itself.
+
+    Args:
+        close: of what is let go of.
+        behind: held until that is done.
+    """
     if threading.current_thread() is threading.main_thread():
-        _close(sessions)
+        _close(close, behind)
     else:
-        threading.Thread(target=_close, args=(sessions,), name="kvrag sessions").start()
+        threading.Thread(target=_close, args=(close, behind), name="kvrag sessions").start()
 
 
-def _close(sessions: Sessions) -> None:
+def _close(close: Callable[[], None], _: object) -> None:
     try:
-        sessions.close()
+        close()
     except KVRagError as error:  # nobody is there to be told
         logger.warning("sessions were not written, and are read anew the next time: %s", error)
 
 
 _folders: weakref.WeakValueDictionary[tuple[int, str], _Folder] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_archives: weakref.WeakValueDictionary[tuple[int, str], _Archive] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
+
+
+def _archived(engine: Engine, archive: Archive | str | Path) -> _Archive:
+    """An archive, opened unless it is.
+
+    Raises:
+        ConfigError: the engine has no store, or another key.
+        CorpusError: it cannot be opened.
+    """
+    if not isinstance(archive, str | Path):
+        return _Archive(archive, is_mine=False)
+    place = str(archive)
+    key = (id(engine), place if place.startswith("http") else str(Path(place).resolve()))
+    with _lock:
+        found = _archives.get(key)
+        if found is None:
+            found = _archives[key] = _Archive(engine.archive(archive), is_mine=True)
+        return found
 
 
 def _opened(engine: Engine, path: Path, settings: ChatSettings, holder: object) -> _Folder:
@@ -166,10 +224,12 @@ def _opened(engine: Engine, path: Path, settings: ChatSettings, holder: object) 
         found = _folders.get(key)
         if found is None:
             options = dict(settings.options)
+            archive = None if settings.archive is None else _archived(engine, settings.archive)
+            if archive is not None:
+                options["archive"] = archive.archive
             sessions = engine.sessions(path, settings.memory, budget=settings.budget, **options)
-            found = _folders[key] = _Folder(sessions, settings, holder)
-        told = (settings.memory, settings.budget, dict(settings.options))
-        known = (found.settings.memory, found.settings.budget, dict(found.settings.options))
+            found = _folders[key] = _Folder(sessions, settings, archive, holder)
+        told, known = settings.told, found.settings.told
         if told != known:
             raise ConfigError(
                 f"the sessions in {path} were opened with {known}, not {told}; give both the same settings"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvrag.archive.archive import Archive
 from kvrag.engine import Engine
-from kvrag.errors import ConfigError, InputError, SessionDamaged, SessionError
+from kvrag.errors import InputError, SessionDamaged, SessionError
 from kvrag.memory.base import MemoryPolicy
 from kvrag.sessions import file
-from kvrag.sessions.many import SUFFIX, session_path
 from kvrag.sessions.session import Session
+from kvrag.sessions.vault import PLAIN, Vault
 from kvrag.store.files import make_folder, remove, try_lock
 
 _LOCK = ".lock"
+Archives = Callable[[bool], Archive | None]
+"""Opens the archive of what conversations have said; told True, it makes one if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Kept:
         num_tokens: of the conversation, what is pinned left out.
         num_bytes: of its file.
         saved_at: seconds since 1970.
+        is_archived: what it says is kept in an archive.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Kept:
     num_tokens: int
     num_bytes: int
     saved_at: float
+    is_archived: bool = False
 
 
 class Conversations:
@@ -48,9 +53,16 @@ class Conversations:
     The files are those of `kvrag.Sessions`, which has a whole folder to itself and one kind of memory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Name the folder; it is made when something is written to it."""
-        self.folder = folder
+    def __init__(self, folder: Path, vault: Vault = PLAIN, *, archives: Archives | None = None) -> None:
+        """Name the folder; it is made when something is written to it.
+
+        Args:
+            folder: where files are.
+            vault: whose conversations these are, and what they are encrypted with.
+            archives: opens the archive when one is needed; None: there is none.
+        """
+        self.folder, self._vault, self._archives = folder, vault, archives
+        self._archive: Archive | None = None
         self._held: dict[str, int] = {}
 
     def open(
@@ -61,6 +73,7 @@ class Conversations:
         *,
         system: str | None = None,
         documents: Sequence[str] = (),
+        is_archived: bool = False,
     ) -> Session:
         """The conversation of this name, a new one if there is none.
 
@@ -70,22 +83,48 @@ class Conversations:
             memory: of a new one; None: as it was made, or the engine's usual one.
             system: its system prompt; None: as it was made.
             documents: that it begins with; none: as it was made.
+            is_archived: keep what is said from now on; False: as it was made.
 
         Raises:
             InputError: it was made with something else than what is given.
             SessionError: another process has it.
             SessionDamaged: its file is not whole.
+            SessionSealed: it is encrypted with another key.
             ConfigError: it was made with another model.
         """
         self._hold(name)
-        path = session_path(self.folder, name)
+        path = self._vault.path(self.folder, name)
         if not path.exists():
             options: dict[str, Any] = {"name": name, "system": system, "documents": documents}
+            options["archive"] = self._opened(create=True) if is_archived else None
             return engine.session(memory, **options) if memory else engine.session(**options)
-        session = engine.load_session(path)
+        is_archived = is_archived or _is_archived(file.claimed(path, self._vault)[1])
+        session = engine.load_session(path, archive=self._opened(create=True) if is_archived else None)
         _check(name, "memory", session.settings.policy, memory)
         _check(name, "system prompt", session.settings.system, system)
         _check(name, "documents", session.settings.documents, tuple(documents) or None)
+        return session
+
+    def load(self, engine: Engine, path: Path, name: str | None) -> Session:
+        """The conversation of a file that `Session.save` has written, as one of its own.
+
+        Args:
+            engine: that answers.
+            path: of the file.
+            name: that it gets; None: it is not kept, and has no archive.
+
+        Raises:
+            SessionError: there is one of this name, or another process has it.
+            SessionDamaged: the file is not whole.
+            SessionSealed: it is encrypted with another key.
+            ConfigError: it was made with another model.
+            StoreWriteError: it cannot be kept.
+        """
+        if name is None:
+            return engine.load_session(path).fork()
+        archive = self._opened(create=True) if _is_archived(file.claimed(path, self._vault)[1]) else None
+        session = self.fork(engine.load_session(path, archive=archive), name)
+        self.save(session)  # at once: the copy of its archive must not be nobody's
         return session
 
     def fork(self, session: Session, name: str) -> Session:
@@ -94,10 +133,25 @@ class Conversations:
         Raises:
             SessionError: there is one of this name, or another process has it.
         """
-        if session_path(self.folder, name).exists() or name in self._held:
+        if self._vault.path(self.folder, name).exists() or name in self._held:
             raise SessionError(f"there is a session {name!r} already; delete it first, or take another name")
         self._hold(name)
         return session.fork(name)
+
+    def anew(self, engine: Engine, session: Session) -> Session:
+        """An empty conversation that is made like another one, and has its name."""
+        made = session.settings
+        return engine.session(
+            made.policy,
+            name=session.name,
+            system=made.system,
+            documents=made.documents,
+            stride=made.stride,
+            keeps_log=made.keeps_log,
+            max_undo=made.max_undo,
+            swaps_opening=made.swaps_opening,
+            archive=self._opened(create=True) if session.is_archived else None,
+        )
 
     def save(self, session: Session) -> Path:
         """Write a conversation; nothing is written for one in which nothing was said.
@@ -105,7 +159,7 @@ class Conversations:
         Raises:
             StoreWriteError: it cannot be written; a file that was there is still there.
         """
-        path = session_path(self.folder, str(session.name))
+        path = self._vault.path(self.folder, str(session.name))
         if session.num_turns:
             session.save(path)
         else:  # all of it was taken back
@@ -113,29 +167,40 @@ class Conversations:
         return path
 
     def delete(self, name: str) -> bool:
-        """Remove a conversation; False if there is none.
+        """Remove a conversation and its archive; False if there is none.
 
         Raises:
             SessionError: another process has it.
+            CorpusLocked: another process is writing to the archive; nothing was removed.
         """
-        path = session_path(self.folder, name)
+        path = self._vault.path(self.folder, name)
         if not path.exists():
             return False
         self._hold(name)
+        # First: without the file, nobody would know whose archive it is.
+        if (archive := self._opened(create=False)) is not None:
+            archive.delete(name)
         return file.delete(path)
 
     def listed(self) -> list[Kept]:
-        """What is saved, by name; files that cannot be read are left out."""
+        """What is saved, by name; files that cannot be read are left out.
+
+        Raises:
+            SessionSealed: one is encrypted with another key.
+        """
         found = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in file.files_of(self.folder, self._vault):
             try:
-                found.append(_kept(path))
+                found.append(self._described(path))
             except (SessionDamaged, OSError, KeyError, TypeError, ValueError):
                 continue
         return sorted(found, key=lambda kept: kept.name)
 
     def close(self) -> None:
-        """Let go of the conversations."""
+        """Let go of the conversations, and close their archive."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
         for name, descriptor in self._held.items():
             remove(self._lock_of(name))
             os.close(descriptor)
@@ -159,21 +224,36 @@ class Conversations:
         self._held[name] = held
 
     def _lock_of(self, name: str) -> Path:
-        return session_path(self.folder, name).with_suffix(_LOCK)
+        return self._vault.path(self.folder, name).with_suffix(_LOCK)
+
+    def _opened(self, *, create: bool) -> Archive | None:
+        """The archive; None if there is none.
+
+        Raises:
+            ConfigError: it is encrypted with another key.
+        """
+        if self._archive is None and self._archives is not None:
+            self._archive = self._archives(create)
+        return self._archive
+
+    def _described(self, path: Path) -> Kept:
+        name, manifest = file.claimed(path, self._vault)
+        fields, about = manifest["policy"]["fields"], path.stat()
+        return Kept(
+            str(name),
+            str(manifest["policy"]["name"]),
+            fields.get("budget"),
+            int(manifest["num_turns"]),
+            int(manifest["num_tokens"]),
+            sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")),
+            about.st_mtime,
+            _is_archived(manifest),
+        )
 
 
-def _kept(path: Path) -> Kept:
-    name, manifest = file.claimed(path)
-    fields, about = manifest["policy"]["fields"], path.stat()
-    return Kept(
-        str(name),
-        str(manifest["policy"]["name"]),
-        fields.get("budget"),
-        int(manifest["num_turns"]),
-        int(manifest["num_tokens"]),
-        sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")),
-        about.st_mtime,
-    )
+def _is_archived(manifest: Mapping[str, Any]) -> bool:
+    """Whether the conversation of a file has an archive."""
+    return bool(manifest["about"].get("is_archived", False))
 
 
 def _check(name: str, what: str, made: Any, given: Any) -> None:
@@ -181,16 +261,4 @@ def _check(name: str, what: str, made: Any, given: Any) -> None:
     if given is not None and given != made:
         raise InputError(
             f"the session {name!r} was made with {what} {made!r}; leave it out to go on, or take another name"
-        )
-
-
-def no_key(key: bytes | None) -> None:
-    """Refuse to write conversations where everything else is encrypted.
-
-    Raises:
-        ConfigError: there is a key.
-    """
-    if key is not None:
-        raise ConfigError(
-            "KVRAG_STORE_KEY is set, and saved conversations are not encrypted; unset it for kvrag chat"
         )

@@ -124,10 +124,10 @@ class Engine(SessionHost):
         )
         self.codec = codec
         self.tenant = tenant
-        self.known = KnownTexts() if known is None else known
         passes = Passes(model, pass_tokens)
         worker = Worker(f"kvrag {model.name}", server=passes, max_running=max_batch)
-        super().__init__(model, opened, caches, worker, pass_tokens=pass_tokens)
+        texts = KnownTexts() if known is None else known
+        super().__init__(model, opened, caches, worker, known=texts, pass_tokens=pass_tokens)
         if codec == AUTO:
             self._fit_codec(MAX_KL if max_kl is None else max_kl)
 

@@ -18,6 +18,7 @@
     * DocumentNotFound (KeyError)       an id that does not exist
   * SessionError                        a conversation that cannot go on: deleted, or of another model
     * SessionDamaged                    a file that is not, or not wholly, a saved session
+    * SessionSealed                     a saved session that another key opens, or another tenant
   * GenerationCancelled                 the caller stopped the answer
   * EngineClosed (RuntimeError)         the engine was shut down
   * MissingExtra (ImportError)          an optional dependency is not installed; the message names the extra
@@ -104,6 +105,10 @@ class SessionError(KVRagError):
 
 class SessionDamaged(SessionError):
     """A file that is not, or not wholly, a saved session."""
+
+
+class SessionSealed(SessionError):
+    """A saved session that the key or the tenant at hand does not open; nothing of it is lost."""
 
 
 class GenerationCancelled(KVRagError):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +24,14 @@ from kvrag.model import READER
 from kvrag.prompt import RagPrompt
 from kvrag.reports import IngestReport
 from kvrag.segments import KV
+from kvrag.sessions.vault import Vault
 from kvrag.store.base import Receipt
 from kvrag.store.disk import DiskStore
 from kvrag.store.files import PARTIAL, commit, write_error, write_partial
 from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
 from kvrag.store.tenants import Tenant
+from kvrag.stores import key_of
 
 CHUNK_TOKENS = 512
 
@@ -200,15 +203,26 @@ class Home:
         """Whether chats were archived here."""
         return Index.exists(self._archive_database(), self._archive_collection)
 
-    def archive(self, engine: Engine, *, embedding: Embedding | None = None) -> Archive:
-        """What chats have said, for an engine whose caches lie here.
+    def archive(self, engine: Engine | None = None, *, embedding: Embedding | None = None) -> Archive:
+        """What chats have said, for an engine whose caches lie here; without one only to list and delete.
 
         Raises:
-            ConfigError: the engine works for another tenant.
+            ConfigError: the engine works for another tenant, or the archive is encrypted with another key.
         """
-        self._require_tenant(engine)
-        store = engine.store or self.store()
-        return Archive(self.archive_index(embedding=embedding), store, engine.fingerprint())
+        if engine is not None:
+            self._require_tenant(engine)
+        mine = None if engine is None else engine.store
+        fingerprint = engine.fingerprint() if engine is not None else _nobodys(self.tenant)
+        with ExitStack() as opened:  # closed again if it cannot be used
+            index = opened.enter_context(closing(self.archive_index(embedding=embedding)))
+            store = mine or opened.enter_context(closing(self.store()))
+            archive = Archive(index, store, fingerprint, closes_store=mine is None)
+            opened.pop_all()
+            return archive
+
+    def vault(self) -> Vault:
+        """What conversations that are kept here are encrypted with, and whose they are."""
+        return Vault.of(key_of(None), self.tenant)
 
     @property
     def _archive_collection(self) -> str:
@@ -320,6 +334,13 @@ def ingest(
     if before - set(report.ids):
         home.sweep()
     return report
+
+
+def _nobodys(tenant: Tenant | None) -> Fingerprint:
+    """That of no model, with what names of the tenant's chats are made of."""
+    if tenant is None:
+        return Fingerprint("", "", "", "", "")
+    return Fingerprint("", "", "", "", "", tenant=tenant.label, tenant_key=tenant.key)
 
 
 def _fitting(index: Index, context: Context | None) -> Context | None:

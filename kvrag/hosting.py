@@ -10,6 +10,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from kvrag.caches import Caches
 from kvrag.errors import ConfigError
+from kvrag.known import KnownTexts
 from kvrag.memory.base import MemoryPolicy
 from kvrag.memory.policies import memory_policy
 from kvrag.model import Model
@@ -19,6 +20,7 @@ from kvrag.sessions.session import Session, loaded_session
 from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import check_room
 from kvrag.sessions.turn import Recalls
+from kvrag.sessions.vault import vault_of
 from kvrag.store.base import KVStore
 from kvrag.worker import Worker
 
@@ -36,11 +38,19 @@ class SessionHost:
     Attributes:
         model: the decoder.
         store: where documents' and archives' rows are kept; None: nowhere.
+        known: texts that are looked for in prompts of which no chunks are named.
         pass_tokens: most tokens that are read in one pass with other answers' tokens.
     """
 
     def __init__(
-        self, model: Model, store: KVStore | None, caches: Caches, worker: Worker, *, pass_tokens: int
+        self,
+        model: Model,
+        store: KVStore | None,
+        caches: Caches,
+        worker: Worker,
+        *,
+        known: KnownTexts,
+        pass_tokens: int,
     ) -> None:
         """Host the sessions that one model's thread runs.
 
@@ -49,9 +59,10 @@ class SessionHost:
             store: see the class.
             caches: of the model.
             worker: its thread.
+            known: see the class.
             pass_tokens: see the class.
         """
-        self.model, self.store, self.pass_tokens = model, store, pass_tokens
+        self.model, self.store, self.known, self.pass_tokens = model, store, known, pass_tokens
         self._caches, self._worker = caches, worker
         self._openings: Openings = WeakValueDictionary()
         self._many: WeakSet[Sessions] = WeakSet()
@@ -67,6 +78,7 @@ class SessionHost:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
+        swaps_opening: bool = False,
         archive: Archive | None = None,
         recall: Recall | None = None,
     ) -> Session:
@@ -84,6 +96,9 @@ class SessionHost:
             stride: most tokens that are read before they are inserted into the memory; None: `pass_tokens`.
             keeps_log: keep the tokens, 4 bytes each, to say what was forgotten.
             max_undo: turns that can be taken back, each of which may keep as much as the memory itself.
+            swaps_opening: system prompt and documents may be others in every turn: they are put in the place
+                of those before, and the conversation stays as it was read; False: it is read anew then.
+                Documents are those of `Session.send`, and known texts in a history's system prompt.
             archive: where everything that is said is kept, to come back when it is needed; None: what is
                 forgotten is lost. A session without an id gets one then.
             recall: what comes back; None: the defaults.
@@ -100,11 +115,18 @@ class SessionHost:
             self.pass_tokens if stride is None else stride,
             keeps_log,
             max_undo,
+            swaps_opening,
         )
         check_room(self.model, settings.policy, 0)
         recalls = self._recalls(archive, name, recall)
         return Session(
-            self._caches, self._worker, settings, name=name, openings=self._openings, recalls=recalls
+            self._caches,
+            self._worker,
+            settings,
+            name=name,
+            openings=self._openings,
+            recalls=recalls,
+            known=self.known,
         )
 
     def sessions(
@@ -119,6 +141,7 @@ class SessionHost:
         stride: int | None = None,
         keeps_log: bool = True,
         max_undo: int = 2,
+        swaps_opening: bool = False,
         archive: Archive | None = None,
         recall: Recall | None = None,
     ) -> Sessions:
@@ -134,6 +157,7 @@ class SessionHost:
             stride: most tokens that are read before they are inserted.
             keeps_log: keep the tokens.
             max_undo: turns that can be taken back.
+            swaps_opening: see `session`.
             archive: see `session`.
             recall: see `session`.
 
@@ -152,12 +176,15 @@ class SessionHost:
                 stride=stride,
                 keeps_log=keeps_log,
                 max_undo=max_undo,
+                swaps_opening=swaps_opening,
                 archive=archive,
                 recall=recall,
             )
 
         check_room(self.model, policy, 0)
-        sessions = Sessions(make, self._worker, folder, budget_bytes=budget_bytes)
+        sessions = Sessions(
+            make, self._worker, folder, budget_bytes=budget_bytes, vault=vault_of(self._caches)
+        )
         self._many.add(sessions)
         return sessions
 
@@ -188,6 +215,7 @@ class SessionHost:
             memory,
             openings=self._openings,
             recalls=lambda name: self._recalls(archive, name, recall),
+            known=self.known,
         )
 
     def archive(

@@ -327,6 +327,20 @@ class Index:
             found = collection.query(query_texts=[query], n_results=k, where=cast(Any, where))
         return hits_in(found, space_of(collection))
 
+    def embed(self, texts: Sequence[str]) -> list[Vector]:
+        """The vectors that texts get in this collection, for `add_with_vectors`."""
+        with self._reading() as collection:
+            return [
+                np.asarray(vector, dtype=np.float32)
+                for batch in self._batches(texts)
+                for vector in collection._embed(batch)
+            ]
+
+    def first(self) -> Record | None:
+        """One of the records; None if there is none."""
+        with self._reading() as collection:
+            return next(iter(records_in(collection.get(limit=1))), None)
+
     def count(self) -> int:
         """How many records there are."""
         with self._reading() as collection:

@@ -14,7 +14,11 @@ from kvrag.store.disk import DiskStore
 from kvrag.store.memory import MemoryTier
 from kvrag.store.objects import ObjectStore
 from kvrag.store.prefetch import Fetch
+from kvrag.store.sealing import MasterKey
 from kvrag.store.tiers import TieredStore
+
+KEY_VERSION = 2
+"""Of what is encrypted and no cache: it cannot be read anew when the layout of caches changes."""
 
 
 def open_store(
@@ -60,6 +64,21 @@ def open_store(
     if len(front) + len(lasting) > 1:
         return TieredStore([*front, *lasting], write="back" if len(lasting) > 1 else "through")
     return lasting[0] if lasting else None
+
+
+def key_of(store: object) -> MasterKey | None:
+    """What belongs to a store's entries, such as saved sessions, is encrypted with: its key.
+
+    Where there is no store, or one that has none, that is KVRAG_STORE_KEY; None: nothing is encrypted.
+
+    Raises:
+        ConfigError: the store is encrypted, with another key or without one given here.
+        MissingExtra: encryption needs `kvrag[encrypt]`.
+    """
+    key: MasterKey | None = getattr(store, "master_key", None)
+    if key is None and (raw := store_key()) is not None:
+        key = MasterKey(raw)
+    return None if key is None else key.of_version(KEY_VERSION)
 
 
 class Ahead:

@@ -89,15 +89,20 @@ def _cut(text: str, width: int) -> str:
 def print_reply(reply: Reply) -> None:
     """What an answer rests on and what it cost, in lines no wider than the terminal."""
     out = stdout()
-    is_known = any(source.focus for source in reply.sources)  # not where documents were read in full
-    for source in reply.sources:
-        _print_source(out, source, share=f"{source.focus:4.0%}" if is_known else "   -")
+    print_sources(out, reply.sources)
     usage, timing = reply.answer.usage, reply.answer.timing
     out.print(
         f"  first token after {timing.first_token * 1e3:.0f} ms; read {usage.read_tokens} of "
         f"{usage.prompt_tokens} prompt tokens"
     )
     _print_parts(out, _status(reply))
+
+
+def print_sources(out: Console, sources: Sequence[Source]) -> None:
+    """What an answer rests on, in the order given."""
+    is_known = any(source.focus for source in sources)  # not where documents were read in full
+    for source in sources:
+        _print_source(out, source, share=f"{source.focus:4.0%}" if is_known else "   -")
 
 
 def print_trace(reply: Reply) -> None:
@@ -145,16 +150,16 @@ def _status(reply: Reply) -> list[str]:
     return parts
 
 
-def print_spans(spans: Sequence[tuple[int, int, str]], show: Callable[[str], None]) -> None:
+def print_spans(spans: Sequence[tuple[str, str]], show: Callable[[str], None]) -> None:
     """Places in a conversation and what they say, each in a line no wider than the terminal.
 
     Args:
-        spans: first token, the one behind the last, and the text.
+        spans: what the place is called, and the text.
         show: prints a line.
     """
     width = stdout().width
-    for start, end, text in spans:
-        place = f"  {start} to {end - 1}: "
+    for name, text in spans:
+        place = f"  {name}: "
         show((place + _cut(" ".join(text.split()), max(12, width - len(place)))).rstrip())
 
 

@@ -6,11 +6,13 @@ import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvrag import ConfigError, Engine, Sampling
 from kvrag.chats import Chats, ChatSettings
+from kvrag.constrain import choice
 from kvrag.conversations import Conversations
 from kvrag.memory.window import Window
 from kvrag.model import Model
@@ -66,6 +68,42 @@ def test_ids_without_a_folder_are_kept_in_memory(engine: Engine) -> None:
     assert chats.find("jane") is not session
 
 
+def test_what_is_said_is_archived(model: Model, tmp_path: Path) -> None:
+    secret = "The treasure lies under the juniper."
+    made: dict[str, Any] = {"memory": Window(48), "archive": tmp_path / "archive"}
+    with Engine(model, tmp_path / "store") as engine:
+        for place in (tmp_path / "chats", None):
+            chats = Chats(engine, ChatSettings(sessions=place, **made))
+            session = chats.find(f"jane {place is None}")
+            session.send(secret, sampling=SHORT)
+            assert session.is_archived
+            del chats, session
+            gc.collect()
+        with engine.archive(tmp_path / "archive") as archive:
+            assert archive.sessions() == {"jane False": 1, "jane True": 1}
+            given = Chats(engine, ChatSettings(memory=Window(48), archive=archive)).find("bob")
+            given.send(secret, sampling=SHORT)
+            assert archive.sessions()["bob"] == 1
+    with Engine(model, tmp_path / "store") as engine:
+        chats = Chats(engine, ChatSettings(sessions=tmp_path / "chats", **made))
+        again = chats.find("jane False")
+        assert (again.num_turns, again.is_archived) == (1, True)
+        with pytest.raises(ConfigError, match="give both the same settings"):
+            Chats(engine, ChatSettings(sessions=tmp_path / "chats", memory=Window(48))).find("jane")
+
+
+def test_an_archive_needs_a_store_and_is_given_once(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keeps rows in the engine's store"):
+        Chats(engine, ChatSettings(archive=tmp_path)).find("jane")
+    with pytest.raises(ConfigError, match="is given twice"):
+        ChatSettings(archive=tmp_path, options={"archive": None})
+    wrong: Any = 3
+    with pytest.raises(ConfigError, match="archive is 3; expected a folder"):
+        ChatSettings(archive=wrong)
+    with engine.sessions(tmp_path / "chats") as sessions, pytest.raises(ConfigError, match="have their own"):
+        ChatSettings(sessions=sessions, archive=tmp_path)
+
+
 def test_what_cannot_be_found(engine: Engine, tmp_path: Path) -> None:
     chats = Chats(engine, ChatSettings())
     for named in ("", 3, None):
@@ -88,6 +126,19 @@ def test_answers_that_begin_as_the_template_does_are_known() -> None:
             history.append({"role": "assistant", "content": answer.text})
         fresh = engine.session(Window(64)).reply_to(history[:-1], sampling=Sampling(max_new_tokens=12))
         assert fresh.text == answer.text
+
+
+def test_answers_that_keep_to_a_form_are_known() -> None:
+    """Their form begins without the space that the reader's template puts in front of them."""
+    with Engine.from_pretrained() as engine:
+        session, history = engine.session(Window(64)), []
+        for said in ("Hello", "Who?", "Why?"):
+            history.append({"role": "user", "content": said})
+            answer = session.reply_to(history, sampling=Sampling(constraint=choice(["Yes.", "No."])))
+            assert answer.text in ("Yes.", "No.")
+            assert answer.memory is not None
+            assert (answer.memory.went_back, answer.memory.anew) == (0, False)
+            history.append({"role": "assistant", "content": answer.text})
 
 
 def test_conversations_are_listed_and_damaged_ones_left_out(engine: Engine, tmp_path: Path) -> None:

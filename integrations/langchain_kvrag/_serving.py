@@ -34,7 +34,7 @@ from kvrag.ingested import key_of
 from kvrag.messages import Tool
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
-from kvrag.sessions.session import History
+from kvrag.sessions.asking import History
 from kvrag.shared import EngineSettings, SharedEngine, shared_engine
 from kvrag.store.key import tagged_digest
 from kvrag.tiers import Tier

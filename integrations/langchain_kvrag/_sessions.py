@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -27,6 +28,9 @@ class InSessions(Threaded, BaseModel):
     """Of a memory that is named: tokens, or bytes such as "512MB"; None: see `kvrag.Engine.session`."""
     session_options: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `kvrag.Engine.sessions`, such as `system`, `documents` or `budget_bytes`."""
+    session_archive: Any = None
+    """Where all that sessions say is kept, to come back when it is needed: a folder (of its own) or address
+    of a Chroma database, or what `kvrag.Engine.archive` gives. None: what is forgotten is lost."""
 
     _chats: Chats | None = PrivateAttr(default=None)
 
@@ -50,6 +54,7 @@ class InSessions(Threaded, BaseModel):
             memory=self.memory,
             budget=self.memory_budget,
             options=self.session_options,
+            archive=self.session_archive,
         )
         holder = getattr(self, "_share", None)
         self._chats = chats_of(self._chats, self.running, settings, self.session, holder)
@@ -74,7 +79,8 @@ class InSessions(Threaded, BaseModel):
 
     def _check_travel(self) -> None:
         """Refuse what cannot be pickled."""
-        if isinstance(self.session, Session) or isinstance(self.sessions, Sessions):
+        is_open = not isinstance(self.session_archive, str | Path | None)
+        if is_open or isinstance(self.session, Session) or isinstance(self.sessions, Sessions):
             raise ConfigError(
                 "made with open sessions, this cannot be pickled; name a folder and an id instead"
             )

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from kvrag.archive.records import Archived, Names
+from kvrag.archive.sealing import RecordSeal
 from kvrag.archive.span import Span
 from kvrag.chroma_rows import Record
 from kvrag.collection import Embedding
@@ -23,9 +24,11 @@ from kvrag.items import KEY_FIELD
 from kvrag.reports import Deletion
 from kvrag.segments import KV
 from kvrag.store.base import KVStore, Receipt
+from kvrag.store.damage import Damaged
 from kvrag.store.key import Fingerprint
 from kvrag.store.references import References
 from kvrag.store.several import get_many, put_many
+from kvrag.stores import key_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +71,14 @@ class Archive:
     written to the store is kept as text alone; what Chroma cannot take because another process is writing is
     kept in memory and tried again with every later call.
 
+    Where the store is encrypted, so are texts, tokens and the ids of chats, with the same key.
+
     Any number of processes may use one archive; each takes Chroma's lock for the moment of a change only.
     Any thread may call it.
 
     Attributes:
         counts: what has happened so far: spans "added", those "without entry", "waiting" for Chroma;
-            "hits" and "misses" of entries.
+            "hits" and "misses" of entries; "damaged" records, which are left out.
     """
 
     def __init__(
@@ -85,22 +90,32 @@ class Archive:
         references: References | None = None,
         ttl_seconds: float | None = None,
         wait_seconds: float = 5.0,
+        closes_store: bool = False,
     ) -> None:
         """Work on a collection that is the archive's alone.
 
         Args:
             index: the collection; closed with the archive.
-            store: where rows are kept; not closed.
+            store: where rows are kept.
             fingerprint: what entries depend on beside their place: model, codec, tenant.
             references: who refers to which entry; None: a file in the store's folder, or for a store without
                 a `path`, in memory.
             ttl_seconds: time to live of entries; None: the store's.
             wait_seconds: how long another process's change is waited for.
+            closes_store: close the store with the archive.
+
+        Raises:
+            ConfigError: the store is encrypted and the archive is not, or the other way round, or with
+                another key.
         """
         self._index, self._store = index, store
         self._names = Names(fingerprint, index.id)
+        self._seal = RecordSeal(key_of(store), fingerprint.tenant)
+        if (one := index.first()) is not None:
+            self._seal.check(one.metadata)
         self._references = references or References.beside(store)
         self._ttl_seconds, self._wait_seconds = ttl_seconds, wait_seconds
+        self._closes_store = closes_store
         self._lock = threading.RLock()
         self._waiting: dict[str, tuple[str, dict[str, Any]]] = {}
         self._has_warned = False
@@ -120,12 +135,17 @@ class Archive:
         """Open an archive, which is created if there is none; see `Index.open` and the class for arguments.
 
         Raises:
-            ConfigError: the collection was made with another embedding, or with one that is not known here.
+            ConfigError: the collection was made with another embedding, or with one that is not known here;
+                or another key.
             CorpusError: the database cannot be opened.
             CorpusLocked: the collection has to be created while another process is writing.
         """
         index = Index.open(path_or_url, collection, embedding=embedding)
-        return Archive(index, store, fingerprint, ttl_seconds=ttl_seconds, wait_seconds=wait_seconds)
+        try:
+            return Archive(index, store, fingerprint, ttl_seconds=ttl_seconds, wait_seconds=wait_seconds)
+        except BaseException:
+            index.close()
+            raise
 
     @property
     def index(self) -> Index:
@@ -193,11 +213,13 @@ class Archive:
         self._names.chat(session)
         with self._lock:
             self._write_waiting(0.0)
-        where = _of(session, {"end": {"$lte": before}} if before is not None else None)
+        where = self._of(session, {"end": {"$lte": before}} if before is not None else None)
         number = max(k, _FEWEST)
         while True:
             hits = self._index.search(text, number, where=where)
-            found = [span for hit in hits if (span := _read(hit.text, hit.metadata, hit.similarity))]
+            found = [
+                span for hit in hits if (span := self._read(hit.id, hit.text, hit.metadata, hit.similarity))
+            ]
             wanted = [span for span in found if is_wanted is None or is_wanted(span)]
             if len(wanted) >= k or len(hits) < number or number >= _MOST:
                 return wanted[:k]
@@ -233,7 +255,7 @@ class Archive:
         """
         prefix = self._names.chat(session)
         with self._lock, self._writing(self._wait_seconds):
-            records = self._index.matching(_of(session, {"end": {"$gt": start}}))
+            records = self._index.matching(self._of(session, {"end": {"$gt": start}}))
             gone = {record.id for record in records}
             # Also what a crash has left between the store and Chroma.
             named = self._named(prefix)
@@ -249,7 +271,14 @@ class Archive:
         kept = sorted(key for key in told if key and self._references.count(key))
         return Deletion(tuple(sorted(gone)), self._index.name, tuple(receipts), tuple(kept), time.time())
 
-    def fork(self, session: str, copy: str, *, end: int | None = None) -> int:
+    def fork(
+        self,
+        session: str,
+        copy: str,
+        *,
+        end: int | None = None,
+        is_wanted: Callable[[Archived], bool] | None = None,
+    ) -> int:
         """Give a copy of a chat the spans that the chat has; how many.
 
         Records are copied, entries are shared: they stay until the last chat that has them is deleted.
@@ -258,6 +287,7 @@ class Archive:
             session: the chat's id.
             copy: the id of the other; spans that it has at the same places are replaced.
             end: spans that end behind this place are left out; None: all are copied.
+            is_wanted: says no to those that are left out, too.
 
         Raises:
             CorpusLocked: another process is writing.
@@ -265,19 +295,20 @@ class Archive:
         """
         with self._lock, self._writing(self._wait_seconds):
             self._write_all()
-            where = _of(session, {"end": {"$lte": end}} if end is not None else None)
+            where = self._of(session, {"end": {"$lte": end}} if end is not None else None)
             pairs = [
                 (record, span, vector)
                 for record, vector in self._index.records_with_vectors(where)
-                if (span := _read(record.text, record.metadata))
+                if (span := self._read(record.id, record.text, record.metadata))
+                and (is_wanted is None or is_wanted(span))
             ]
             named = self._references.named(self._index.id, [record.id for record, _, _ in pairs])
             labels = [named.get(r.id, str(r.metadata[KEY_FIELD])) for r, _, _ in pairs]
             ids = [self._names.record(copy, span.start) for _, span, _ in pairs]
             freed = self._references.add(self._index.id, dict(zip(ids, labels, strict=True)))
             copies = [
-                Record(i, record.text, span.moved(copy).metadata(label))
-                for i, label, (record, span, _) in zip(ids, labels, pairs, strict=True)
+                self._record(i, span.text, span.moved(copy).metadata(label))
+                for i, label, (_, span, _) in zip(ids, labels, pairs, strict=True)
             ]
             self._index.add_with_vectors(copies, [vector for _, _, vector in pairs])
             self._collect(freed)
@@ -285,12 +316,13 @@ class Archive:
 
     def spans(self, session: str) -> list[Archived]:
         """All spans of a chat, in order."""
-        read = (_read(r.text, r.metadata) for r in self._index.matching(_of(session)))
+        read = (self._read(r.id, r.text, r.metadata) for r in self._index.matching(self._of(session)))
         return sorted((span for span in read if span), key=lambda span: span.start)
 
     def sessions(self) -> dict[str, int]:
         """The chats that have spans here, and how many each."""
-        return dict(Counter(str(record.metadata.get("session")) for record in self._index.records()))
+        read = (self._read(r.id, r.text, r.metadata) for r in self._index.records())
+        return dict(Counter(span.session for span in read if span))
 
     def reconcile(self) -> ArchiveReport:
         """Make references and entries what the collection says, after a crash.
@@ -317,6 +349,8 @@ class Archive:
                 logger.warning("%d spans of chats could not be written to Chroma", len(self._waiting))
             self._index.close()
             self._references.close()
+            if self._closes_store:
+                self._store.close()
 
     def __enter__(self) -> Archive:
         """The archive itself."""
@@ -341,8 +375,10 @@ class Archive:
 
     def _write_all(self) -> None:
         if self._waiting:
-            texts, metadatas = zip(*self._waiting.values(), strict=True)
-            self._index.upsert(list(self._waiting), list(texts), list(metadatas))
+            texts = [text for text, _ in self._waiting.values()]
+            records = [self._record(i, text, metadata) for i, (text, metadata) in self._waiting.items()]
+            # Not by Chroma: it would make vectors of what is encrypted.
+            self._index.add_with_vectors(records, self._index.embed(texts))
             self._waiting.clear()
 
     @contextmanager
@@ -390,20 +426,30 @@ class Archive:
             with suppress(StoreWriteError):  # they are nobody's; `kvrag gc` finds them
                 self._references.collect(freed, self._store.delete)
 
+    def _record(self, record_id: str, text: str, metadata: Mapping[str, Any]) -> Record:
+        digest = self._names.chat(str(metadata["session"]))
+        return Record(record_id, *self._seal.shut(record_id, text, metadata, digest=digest))
+
+    def _read(
+        self, record_id: str, text: str, metadata: Mapping[str, Any], similarity: float = 0.0
+    ) -> Archived | None:
+        """A record, if it is one of this tenant's and as it was written."""
+        if self._seal.is_foreign(metadata):
+            return None
+        try:
+            found = Archived.read(*self._seal.open(record_id, text, metadata), similarity)
+        except (Damaged, InputError) as error:
+            self.counts["damaged"] += 1
+            self._warn("records of the archive are left out: %s", error)
+            return None
+        return found if record_id == self._names.record(found.session, found.start) else None
+
+    def _of(self, session: str, also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A filter for the records of a chat."""
+        own = {"session": self._seal.session(session, self._names.chat(session))}
+        return own if also is None else {"$and": [own, dict(also)]}
+
     def _warn(self, message: str, error: Exception) -> None:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(message, error)
-
-
-def _of(session: str, also: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A filter for the records of a chat."""
-    own = {"session": session}
-    return own if also is None else {"$and": [own, dict(also)]}
-
-
-def _read(text: str, metadata: Mapping[str, Any], similarity: float = 0.0) -> Archived | None:
-    """A record, if it is one of an archive's."""
-    with suppress(InputError):
-        return Archived.read(text, metadata, similarity)
-    return None

@@ -150,15 +150,15 @@ class SpanRecalls:
 
     def _search(self, talk: Talk) -> list[Archived]:
         """Spans that are lost, nearest first, and each once."""
-        shares = talk.shares()
-        lost = (shares < self._recall.held).nonzero()
-        if not len(lost):
+        holding = talk.holding()
+        lost = holding.last_below(self._recall.held)
+        if lost is None:
             return []
-        end = min(talk.state.seen, int(lost[-1]) + self._recall.max_tokens)
+        end = min(talk.state.seen, lost + self._recall.max_tokens)
         end = end if self._due is None else min(end, self._due)
 
         def is_lost(span: Archived) -> bool:
-            return float(shares[span.start : span.end].mean()) < self._recall.held
+            return holding.share_of(span.start, span.end) < self._recall.held
 
         found: dict[int, Archived] = {}
         for said in self._said:
@@ -275,9 +275,18 @@ class SpanRecalls:
         if talk is not None:
             self._write()
             self._archive.delete(session, forget=False)
-            self._archive.fork(self.session, session, end=talk.state.seen)
+            self._archive.fork(
+                self.session, session, end=talk.state.seen, is_wanted=lambda span: _was_said(span, talk)
+            )
             other._known = talk.state.seen
         return other
+
+    def kept(self, talk: Talk) -> list[tuple[int, int]]:
+        """See `Recalls`."""
+        end = talk.state.seen if self._due is None else min(self._due, talk.state.seen)
+        kept = [(span.start, span.end) for span in self._archive.spans(self.session)]
+        waiting = [(span.at.position, span.end) for span in self._settled]
+        return sorted({*(place for place in kept if place[1] <= end), *waiting})
 
     def delete(self) -> None:
         """See `Recalls`."""
@@ -304,6 +313,11 @@ class SpanRecalls:
             self._settled = []
         except (CorpusLocked, StoreWriteError) as error:
             logger.warning("the archive of session %s waits to be written: %s", self.session, error)
+
+
+def _was_said(span: Archived, talk: Talk) -> bool:
+    """Whether a talk has a span: another one that was saved earlier may have gone on differently."""
+    return talk.log is None or tuple(talk.log[span.start : span.end]) == span.tokens
 
 
 def _mark(talk: Talk) -> Mark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from kvrag.cli.opening import load_engine, open_home, warn_of_reader
-from kvrag.config import Sampling, store_key
+from kvrag.config import Sampling
 from kvrag.errors import InputError
-from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption
+from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption, TenantOption
 from kvrag.terminal import print_json, print_table, size, stdout
 
 # Written out, since help must not wait for torch; a test compares them with what there is.
@@ -46,8 +47,13 @@ def chat(
         list[Path] | None,
         typer.Option("--document", help="A file that is always in memory; may be repeated."),
     ] = None,
+    archive: Annotated[
+        bool,
+        typer.Option("--archive", help="Keep all that is said, and bring back what is needed again."),
+    ] = False,
     model: ModelOption = None,
     folder: HomeOption = None,
+    tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
@@ -61,40 +67,45 @@ def chat(
 
     Example: kvrag chat --session jane --model Qwen/Qwen2.5-7B-Instruct --budget 512MB
     """
-    from kvrag import conversations as saved  # noqa: PLC0415 - help texts must not wait for torch
-    from kvrag.cli.talking import Conversation  # noqa: PLC0415
+    from kvrag.cli.talking import Conversation  # noqa: PLC0415 - help texts must not wait for torch
 
-    place = open_home(folder, None, "kvrag")
-    saved.no_key(store_key())
-    documents = _texts(document or [])
-    kept = saved.Conversations(place.path / FOLDER)
+    place = open_home(folder, None, "kvrag", tenant)
+    if archive and session is None:
+        raise InputError("--archive is for a conversation that is kept; name it with --session NAME")
+    documents = _documents(document or [])
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    try:
-        with load_engine(place, model, device, dtype) as engine:
-            warn_of_reader(engine, place)
-            policy = _policy(engine, memory, budget, {"sub_caches": sub_caches, "span": span})
-            made: dict[str, Any] = {"system": system, "documents": documents}
-            if load is not None:
-                if policy is not None or system is not None or documents:
-                    raise InputError("--load goes on with what the file was made with; leave the others out")
-                opened = engine.load_session(load)
-                opened = kept.fork(opened, session) if session else opened.fork()
-            elif session is not None:
-                opened = kept.open(engine, session, policy, **made)
-            else:
-                opened = engine.session(policy, **made) if policy else engine.session(**made)
-            Conversation(engine, kept, opened, sampling).run()
-    finally:
-        kept.close()
+    with load_engine(place, model, device, dtype) as engine, _kept(place, engine) as kept:
+        warn_of_reader(engine, place)
+        policy = _policy(engine, memory, budget, {"sub_caches": sub_caches, "span": span})
+        made: dict[str, Any] = {"system": system, "documents": [one.text for one in documents]}
+        if load is not None:
+            if policy is not None or system is not None or documents or archive:
+                raise InputError("--load goes on with what the file was made with; leave the others out")
+            opened = kept.load(engine, load, session)
+        elif session is not None:
+            opened = kept.open(engine, session, policy, is_archived=archive, **made)
+        else:
+            opened = engine.session(policy, **made) if policy else engine.session(**made)
+        Conversation(engine, kept, opened, sampling, names=[one.source for one in documents]).run()
 
 
-def _texts(paths: list[Path]) -> list[str]:
+def _kept(place: Any, engine: Any = None) -> Any:
+    """The conversations of a folder; without an engine to list and remove them."""
+    from kvrag.conversations import Conversations  # noqa: PLC0415 - help texts must not wait for torch
+
+    def archives(create: bool) -> Any:
+        return place.archive(engine) if create or place.has_archive() else None
+
+    return closing(Conversations(place.path / FOLDER, place.vault(), archives=archives))
+
+
+def _documents(paths: list[Path]) -> list[Any]:
     """What files say."""
     if not paths:
         return []
     from kvrag import documents as files  # noqa: PLC0415
 
-    return [document.text for document in files.load(paths)]
+    return list(files.load(paths))
 
 
 def _policy(engine: Any, name: str | None, budget: str | None, settings: dict[str, Any]) -> Any:
@@ -115,24 +126,20 @@ def sessions(
         list[str] | None, typer.Option("--rm", help="Remove this conversation; may be repeated.")
     ] = None,
     folder: HomeOption = None,
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the conversations that kvrag chat has kept, or remove some.
+    """List the conversations that kvrag chat has kept, or remove some, archives included.
 
     Example: kvrag sessions --rm jane
     """
-    from kvrag.conversations import Conversations  # noqa: PLC0415 - help texts must not wait for torch
-
-    kept = Conversations(open_home(folder, None, "kvrag").path / FOLDER)
-    try:
+    with _kept(open_home(folder, None, "kvrag", tenant)) as kept:
         known = {one.name for one in kept.listed()}
         if missing := sorted(set(rm or ()) - known):
             raise InputError(f"no session is called {', '.join(missing)}; kvrag sessions lists them")
         for name in rm or ():
             kept.delete(name)
-    finally:
-        kept.close()
-    found = kept.listed()
+        found = kept.listed()
     if as_json:
         print_json({"removed": sorted(rm or ()), "sessions": [asdict(one) for one in found]})
         return
@@ -152,7 +159,8 @@ def print_sessions(found: list[Any]) -> None:
             one.name,
             f"{one.num_turns}",
             f"{one.num_tokens}",
-            one.memory if one.budget is None else f"{one.memory} {one.budget}",
+            (one.memory if one.budget is None else f"{one.memory} {one.budget}")
+            + (" + archive" if one.is_archived else ""),
             size(one.num_bytes),
             datetime.fromtimestamp(one.saved_at).strftime("%Y-%m-%d %H:%M"),
         )

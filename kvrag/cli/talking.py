@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from kvrag.answer import Answer
 from kvrag.cli.chatting import print_sessions
 from kvrag.config import Sampling
 from kvrag.conversations import Conversations
 from kvrag.engine import Engine
 from kvrag.errors import EngineClosed, GenerationCancelled, InputError, KVRagError
+from kvrag.rag import Source
+from kvrag.sessions.lost import Forgotten
 from kvrag.sessions.session import Session
-from kvrag.terminal import print_spans, size, stderr, stdout
+from kvrag.terminal import print_sources, print_spans, size, stderr, stdout
 
 PROMPT = "> "
+_MOST = 0.99  # of a forgotten part: what says nothing is not archived
 
 
 class Conversation:
@@ -25,7 +31,15 @@ class Conversation:
     conversation that has a name is written behind every turn.
     """
 
-    def __init__(self, engine: Engine, kept: Conversations, session: Session, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        kept: Conversations,
+        session: Session,
+        sampling: Sampling,
+        *,
+        names: Sequence[str] = (),
+    ) -> None:
         """Talk in a session.
 
         Args:
@@ -33,7 +47,9 @@ class Conversation:
             kept: where conversations with names are written.
             session: the conversation.
             sampling: how answers are chosen.
+            names: of the session's documents; none: they are shown by how they begin.
         """
+        self._names = list(names) or [" ".join(text.split())[:40] for text in session.settings.documents]
         self._engine, self._kept, self._session, self._sampling = engine, kept, session, sampling
         self._out = stdout()
         self._is_shown = sys.stdin.isatty() and self._out.is_terminal
@@ -123,7 +139,40 @@ class Conversation:
                 raise
             return
         self._out.print("")
+        if stream.answer is not None:
+            self._tell(stream.answer)
         self._write()
+
+    def _tell(self, answer: Answer) -> None:
+        """What an answer rests on: documents, and what came back from the archive."""
+        texts = self._session.settings.documents
+        uses = sorted(answer.documents, key=lambda use: use.focus, reverse=True)
+        print_sources(
+            self._beside,
+            [
+                Source(
+                    use.key,
+                    self._names[int(use.key)],
+                    texts[int(use.key)],
+                    use.num_tokens,
+                    use.is_hit,
+                    use.mass,
+                    use.focus,
+                    use.question_mass,
+                )
+                for use in uses
+            ],
+        )
+        spans = answer.memory.spans if answer.memory is not None else ()
+        told = [
+            (f"recalled, {span.mass:.0%}, {span.role} in turn {span.turn + 1}", span.text) for span in spans
+        ]
+        print_spans(told, self._say)
+
+    @property
+    def _beside(self) -> Console:
+        """Where what is no answer goes: to the terminal, or beside a pipe's answers."""
+        return self._out if self._is_shown else stderr()
 
     def _write(self) -> None:
         """Keep the conversation, if it has a name."""
@@ -131,8 +180,7 @@ class Conversation:
             self._kept.save(self._session)
 
     def _say(self, text: str) -> None:
-        """What is no answer: to the terminal, or beside a pipe's answers."""
-        (self._out if self._is_shown else stderr()).print(text)
+        self._beside.print(text)
 
     # ---- commands
 
@@ -160,7 +208,15 @@ class Conversation:
             return
         lost = sum(span.end - span.start for span in spans)
         self._say(f"{lost} of {self._session.num_tokens} tokens are in no layer and head any more:")
-        print_spans([(span.start, span.end, span.text) for span in spans], self._say)
+        print_spans([(self._place(span), span.text) for span in spans], self._say)
+
+    def _place(self, span: Forgotten) -> str:
+        """Where something forgotten stood, and whether it can come back."""
+        place = f"{span.start} to {span.end - 1}"
+        if not self._session.is_archived:
+            return place
+        kept = "archived" if span.archived >= _MOST else "lost" if not span.archived else "in part archived"
+        return f"{place}, {kept}"
 
     def _fork(self, name: str) -> None:
         if not name:
@@ -178,16 +234,8 @@ class Conversation:
                 raise InputError(f"no session is called {name}; /sessions lists them")
             self._say(f"removed {name}")
             return
-        old, made = self._session, self._session.settings
-        self._session = self._engine.session(
-            made.policy,
-            name=old.name,
-            system=made.system,
-            documents=made.documents,
-            stride=made.stride,
-            keeps_log=made.keeps_log,
-            max_undo=made.max_undo,
-        )
+        old = self._session
+        self._session = self._kept.anew(self._engine, old)
         old.delete()
         if old.name is not None:
             self._kept.delete(old.name)

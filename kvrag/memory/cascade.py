@@ -12,6 +12,7 @@ from kvrag.memory.base import Moves, Reduction, Run, Seen, Watching
 from kvrag.memory.schedules import periods_of
 from kvrag.memory.slots import (
     SlotState,
+    check_budget,
     check_sizes,
     check_whole,
     first_slots,
@@ -59,13 +60,7 @@ class Cascade:
 
     def __post_init__(self) -> None:
         check_whole("sub_caches", self.sub_caches, 1)
-        check_whole("sinks", self.sinks, 0)
-        check_whole("budget", self.budget, 1)
-        least = self.sinks + self.sub_caches
-        if self.budget < least:
-            raise ConfigError(
-                f"budget is {self.budget}; {self.sub_caches} sub-caches and {self.sinks} sinks need {least}"
-            )
+        check_budget(self.budget, self.sinks, self.sub_caches, f"{self.sub_caches} sub-caches and ")
         if not 0 < self.beta <= 1:
             raise ConfigError(f"beta is {self.beta}; expected a decay above 0 and up to 1")
         if self.reduction not in get_args(Reduction):

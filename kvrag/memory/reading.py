@@ -52,6 +52,7 @@ class MemoryReader:
         rows: the entries.
         fresh: rows of the stride that is not inserted yet.
         extra_mass: of each pass [L, E, T], float32: attention to each extra segment, mean over heads.
+        pinned_mass: of each pass [L, P, T], float32: the same for pinned segments, if a document is pinned.
         role: who says what is read; told to the listeners.
     """
 
@@ -82,6 +83,8 @@ class MemoryReader:
         self._pinned, self._extra = pinned or SegmentTable(), extra or SegmentTable()
         self.offset = max(self._pinned.end, self._extra.end)
         self.extra_mass: list[torch.Tensor] = []
+        self.pinned_mass: list[torch.Tensor] = []
+        self._has_documents = any(segment.document is not None for segment in self._pinned)
         watching = state.watching
         self._surprise = Surprise(model) if watching is not None and watching.surprise else None
         self.role = "user"
@@ -135,8 +138,10 @@ class MemoryReader:
             if self._surprise:
                 self._surprise.note(piece, last.logits)
                 last = replace(last, logits=last.logits[-1:])
+            first = len(self._pinned)
+            if self._has_documents:
+                self.pinned_mass.append(last.mass[:, :first])
             if len(self._extra):
-                first = len(self._pinned)
                 self.extra_mass.append(last.mass[:, first : first + len(self._extra)])
             at += len(piece)
         if last is None:

@@ -12,8 +12,8 @@ from kvrag.errors import ConfigError
 from kvrag.memory.base import Moves, Run, Seen, Watching
 from kvrag.memory.slots import (
     SlotState,
+    check_budget,
     check_sizes,
-    check_whole,
     first_slots,
     joined,
     move,
@@ -55,10 +55,7 @@ class Salient:
     name: ClassVar[str] = "salient"
 
     def __post_init__(self) -> None:
-        check_whole("sinks", self.sinks, 0)
-        check_whole("budget", self.budget, 1)
-        if self.budget <= self.sinks:
-            raise ConfigError(f"budget is {self.budget}; {self.sinks} sinks need {self.sinks + 1} or more")
+        check_budget(self.budget, self.sinks)
         if not 0 <= self.recent <= 1:
             raise ConfigError(f"recent is {self.recent}; expected a share from 0 to 1")
         if not self.half_life > 0:

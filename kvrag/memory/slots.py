@@ -211,6 +211,24 @@ def check_whole(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name} is {value!r}; expected a whole number from {least} on")
 
 
+def check_budget(budget: int, sinks: int, others: int = 1, what: str = "") -> None:
+    """Refuse a budget that leaves too little beside the sinks.
+
+    Args:
+        budget: tokens per layer and head, sinks included.
+        sinks: first tokens, which stay.
+        others: how many more there have to be.
+        what: what needs them, as a message says it before the sinks.
+
+    Raises:
+        ConfigError: says how many are needed.
+    """
+    check_whole("sinks", sinks, 0)
+    check_whole("budget", budget, 1)
+    if budget < sinks + others:
+        raise ConfigError(f"budget is {budget}; {what}{sinks} sinks need {sinks + others} or more")
+
+
 def check_sizes(num_layers: int, num_kv_heads: int, pinned: int) -> None:
     """Refuse sizes of a model that cannot be.
 

@@ -7,12 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from kvrag.errors import ConfigError
 from kvrag.memory.base import Moves, Run, Seen
 from kvrag.memory.slots import (
     SlotState,
+    check_budget,
     check_sizes,
-    check_whole,
     first_slots,
     joined,
     ring,
@@ -39,12 +38,7 @@ class Window:
     name: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
-        check_whole("sinks", self.sinks, 0)
-        check_whole("budget", self.budget, 1)
-        if self.budget <= self.sinks:
-            raise ConfigError(
-                f"budget is {self.budget}; a window with {self.sinks} sinks needs {self.sinks + 1} or more"
-            )
+        check_budget(self.budget, self.sinks)
 
     def start(
         self, num_layers: int, num_kv_heads: int, *, pinned: int = 0, device: torch.device | None = None

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import uuid
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
-
-import torch
-import xxhash
 
 from kvrag.errors import ConfigError, SessionDamaged
 from kvrag.memory.base import MemoryPolicy
@@ -20,28 +17,13 @@ from kvrag.memory.policies import POLICIES
 from kvrag.memory.rows import images_of, journal_of
 from kvrag.model import Model
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
-from kvrag.sessions import logs
+from kvrag.sessions import container, logs
+from kvrag.sessions.container import Tensors
 from kvrag.sessions.digest import TextDigest
 from kvrag.sessions.pinned import Opening, Pinned, with_rows
 from kvrag.sessions.talk import Snapshot, Talk
+from kvrag.sessions.vault import PLAIN, SUFFIX, Vault
 from kvrag.store.files import PARTIAL, commit, make_folder, remove, write_error, write_partial
-
-FORMAT, VERSION = "kvrag session", 1
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_SEAL = 16
-_MAX_HEADER = 64 << 20
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +35,14 @@ class Saved:
     log: array[int] | None
 
 
-def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapping[str, Any]) -> None:
+def save(
+    path: Path,
+    talk: Talk,
+    policy: MemoryPolicy,
+    model: Model,
+    about: Mapping[str, Any],
+    vault: Vault = PLAIN,
+) -> None:
     """Write a conversation; a crash at any point leaves the one that was there before, or this one.
 
     The tokens lie in a file of their own beside it, which is appended to; where it does not begin like the
@@ -65,6 +54,7 @@ def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapp
         policy: of its memory.
         model: that read it.
         about: what else its owner wants to know again; JSON.
+        vault: whose file it is, and what it is encrypted with.
 
     Raises:
         StoreWriteError: disk full, read-only, no permission; the old file is still there.
@@ -72,7 +62,7 @@ def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapp
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         make_folder(path.parent)
-        log = None if talk.log is None else logs.write(path, talk.log)
+        log = None if talk.log is None else logs.write(path, talk.log, vault)
         manifest = {
             "model": _identity(model),
             "policy": described_policy(policy),
@@ -80,7 +70,7 @@ def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapp
             "log": log and asdict(log),
             **_described(talk),
         }
-        write_partial(partial, _encoded(_tensors(talk), manifest))
+        write_partial(partial, container.encoded(_tensors(talk), manifest, vault))
         commit(partial, path)
     except OSError as error:
         remove(partial)
@@ -90,17 +80,17 @@ def save(path: Path, talk: Talk, policy: MemoryPolicy, model: Model, about: Mapp
         remove(left)  # of a process that was killed
 
 
-def read(path: Path) -> Saved:
+def read(path: Path, vault: Vault = PLAIN) -> Saved:
     """What a file holds.
 
     Raises:
         SessionDamaged: it is no such file, or not whole.
+        SessionSealed: another key opens it, or it is another tenant's.
     """
     try:
-        raw = bytearray(path.read_bytes())
-        tensors, manifest = _decoded(raw)
+        tensors, manifest = container.decoded(path.read_bytes(), vault, path)
         told = manifest["log"]
-        log = None if told is None else logs.read(path, logs.Log(**told))
+        log = None if told is None else logs.read(path, logs.Log(**told), vault)
     except FileNotFoundError as error:
         raise SessionDamaged(f"there is no session at {path}") from error
     except OSError as error:
@@ -112,30 +102,34 @@ def read(path: Path) -> Saved:
     return Saved(tensors, manifest, log)
 
 
-def name_of(path: Path) -> str | None:
-    """The id of the session in a file, which is not proven; None if it has none.
+def claimed(path: Path, vault: Vault = PLAIN) -> tuple[str | None, dict[str, Any]]:
+    """The id of the session in a file and its manifest; reads no rows.
+
+    Of a file that is not encrypted nothing of it is proven.
 
     Raises:
         SessionDamaged: it cannot be read at all.
-    """
-    return claimed(path)[0]
-
-
-def claimed(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The id of the session in a file and its manifest, of which nothing is proven; reads no rows.
-
-    Raises:
-        SessionDamaged: it cannot be read at all.
+        SessionSealed: another key opens it, or it is another tenant's.
     """
     try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(size, _MAX_HEADER)))
-        manifest: dict[str, Any] = json.loads(header["__metadata__"]["manifest"])
+        manifest = container.claimed(path, vault)
         name = manifest["about"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SessionDamaged(f"{path} is not a session, or is damaged: {error}") from error
     return None if name is None else str(name), manifest
+
+
+def files_of(folder: Path, vault: Vault) -> list[Path]:
+    """The tenant's files in a folder, those that cannot be read included."""
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            label = container.heading(path)[0].get("tenant", "")
+        except (OSError, ValueError, KeyError, TypeError):
+            label = vault.label
+        if label == vault.label:
+            found.append(path)
+    return found
 
 
 def opening_of(manifest: Mapping[str, Any]) -> Opening:
@@ -146,7 +140,14 @@ def opening_of(manifest: Mapping[str, Any]) -> Opening:
     """
     try:
         told = manifest["opening"]
-        return Opening(told["text"], tuple(told["documents"]), told["prefix"], bool(told["is_rendered"]))
+        return Opening(
+            told["text"],
+            tuple(told["documents"]),
+            told["prefix"],
+            bool(told["is_rendered"]),
+            tuple(told.get("names", ())),
+            tuple(map(tuple, told.get("contexts", ()))),
+        )
     except (KeyError, TypeError) as error:
         raise SessionDamaged(f"the session does not fit together: {error}") from error
 
@@ -242,6 +243,7 @@ def _described(talk: Talk) -> dict[str, Any]:
         "num_turns": talk.num_turns,
         "num_tokens": talk.state.seen,
         "opening": asdict(pinned.opening),
+        "behind": talk.behind,
         "pinned": [
             {"tokens": list(s.kv.tokens), "target": s.target, "native": s.native} for s in _own_segments(talk)
         ],
@@ -272,7 +274,14 @@ def _loaded(saved: Saved, model: Model, policy: MemoryPolicy, pinned: Pinned, ma
     tensors = {name: tensor.to(model.device) for name, tensor in saved.tensors.items()}
     own = [_segment(tensors, i, told, model.num_layers) for i, told in enumerate(manifest["pinned"])]
     pinned = with_rows(pinned, SegmentTable(tuple(own)))
-    talk = Talk(model, policy, pinned, keeps_log=saved.log is not None, max_undo=max_undo)
+    talk = Talk(
+        model,
+        policy,
+        pinned,
+        keeps_log=saved.log is not None,
+        max_undo=max_undo,
+        behind=int(manifest.get("behind", pinned.num_tokens)),
+    )
     talk.state.restore(_under(tensors, "state."))
     talk.rows.load(_under(tensors, "rows."))
     talk.digests, talk.num_turns = _digests(manifest), int(manifest["num_turns"])
@@ -300,78 +309,6 @@ def _segment(tensors: Tensors, i: int, told: Mapping[str, Any], num_layers: int)
     )
     kv = KV(tuple(told["tokens"]), layers)
     return Segment(kv, int(told["target"]), native=int(told["native"]))
-
-
-def _encoded(tensors: Tensors, manifest: Mapping[str, Any]) -> list[bytes | memoryview]:
-    """Header, tensors, and a checksum over both, which is the last tensor."""
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest)}
-    }
-    parts: list[bytes | memoryview] = []
-    at = 0
-    for name, tensor in tensors.items():
-        data = _bytes(tensor)
-        header[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + len(data)],
-        }
-        parts.append(data)
-        at += len(data)
-    header["seal"] = {"dtype": "U8", "shape": [_SEAL], "data_offsets": [at, at + _SEAL]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    whole: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text, *parts]
-    return [*whole, _checksum(whole)]
-
-
-def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
-    made = xxhash.xxh3_128()
-    for part in parts:
-        made.update(part)
-    return made.digest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data if flat.numel() else memoryview(b"")
-
-
-def _decoded(raw: bytearray) -> tuple[Tensors, dict[str, Any]]:
-    """What `_encoded` wrote.
-
-    Raises:
-        ValueError: it did not.
-    """
-    view = memoryview(raw)
-    if len(raw) < 8 + _SEAL:
-        raise ValueError(f"it has {len(raw)} bytes")
-    size = int.from_bytes(raw[:8], "little")
-    if size > min(_MAX_HEADER, len(raw) - 8 - _SEAL):
-        raise ValueError("its header is longer than the file")
-    if _checksum([view[:-_SEAL]]) != bytes(view[-_SEAL:]):
-        raise ValueError("its checksum is another one")
-    header = json.loads(bytes(view[8 : 8 + size]))
-    about = header.pop("__metadata__")
-    if about.get("format") != FORMAT or about.get("version") != str(VERSION):
-        raise ValueError(f"it is {about.get('format')!r} in version {about.get('version')!r}")
-    header.pop("seal")
-    data = view[8 + size : -_SEAL]
-    return {name: _tensor(data, told) for name, told in header.items()}, json.loads(about["manifest"])
-
-
-def _tensor(data: memoryview, told: Mapping[str, Any]) -> torch.Tensor:
-    start, end = told["data_offsets"]
-    dtype, shape = _DTYPES[told["dtype"]], [int(n) for n in told["shape"]]
-    num = 1
-    for n in shape:
-        num *= n
-    if not 0 <= start <= end <= len(data) or end - start != num * dtype.itemsize:
-        raise ValueError("a tensor lies outside the file")
-    if not num:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data[start:end]), dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 def delete(path: Path) -> bool:

@@ -14,6 +14,8 @@ from kvrag.sessions import file
 from kvrag.sessions.pinned import Opening, Openings, Pinned, pinning
 from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import Talk, check_room
+from kvrag.sessions.turn import Recalls
+from kvrag.sessions.vault import Vault, vault_of
 from kvrag.worker import PAUSE, Worker
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ class House:
 
     Attributes:
         talk: the conversation; None before the first turn, and while it is in a file.
+        recalls: brings back what the memory has lost; None: nothing does.
         on_change: called whenever something was done, while nothing else uses the conversation.
         is_deleted: nothing can be done any more.
     """
@@ -45,6 +48,7 @@ class House:
         self.caches, self.worker, self.settings = caches, worker, settings
         self.name, self.openings = name, openings
         self.talk: Talk | None = None
+        self.recalls: Recalls | None = None
         self.on_change: Callable[[], None] | None = None
         self.is_deleted = False
         self._parked: Path | None = None
@@ -100,28 +104,63 @@ class House:
         return len(self._turns) > 1 or (bool(self._turns) and not self._is_settled)
 
     @property
+    def vault(self) -> Vault:
+        """What its files are encrypted with.
+
+        Raises:
+            ConfigError: the engine's store is encrypted, and its key is not here.
+        """
+        return vault_of(self.caches)
+
+    @property
     def counted(self) -> tuple[int, int]:
         """Tokens and turns, in memory or not."""
         if (talk := self.talk) is not None:
             return talk.state.seen, talk.num_turns
         if self._parked is not None and self._counts is None:  # by another process
-            manifest = file.read(self._parked).manifest
+            manifest = file.claimed(self._parked, self.vault)[1]
             self._counts = int(manifest["num_tokens"]), int(manifest["num_turns"])
         return self._counts or (0, 0)
 
-    def begin(self, opening: Opening) -> Work[None]:
-        """An empty conversation behind an opening; what was read before is let go first."""
+    def begin(self, opening: Opening) -> Work[int]:
+        """An empty conversation behind an opening; what was read before is let go first.
+
+        Returns:
+            Tokens of the opening that were read.
+        """
         settings, model = self.settings, self.caches.model
-        pinned = yield from self._pinned(opening)
+        pinned, num_read = yield from self._pinned(opening)
         check_room(model, settings.policy, pinned.num_tokens)
         self.talk = None
         self.talk = Talk(
             model, settings.policy, pinned, keeps_log=settings.keeps_log, max_undo=settings.max_undo
         )
+        return num_read
 
-    def _pinned(self, opening: Opening) -> Work[Pinned]:
+    def other(self, opening: Opening) -> Work[tuple[Pinned, int]]:
+        """What is to stand in front of the conversation instead, for its next turn to take.
+
+        Returns:
+            It, and how many tokens of it were read.
+
+        Raises:
+            ConfigError: beside the memory it takes more positions than the model has.
+            InputError: it is shorter than what the memory leans on.
+        """
+        talk = self.talk
+        assert talk is not None
+        pinned, num_read = yield from self._pinned(opening)
+        check_room(self.caches.model, self.settings.policy, pinned.num_tokens)
+        if pinned.num_tokens < talk.num_leant_on:
+            raise InputError(
+                f"{pinned.num_tokens} tokens cannot stand in front of a conversation that was begun behind "
+                f"{talk.behind}: its memory has no first tokens of its own, and needs {talk.num_leant_on}"
+            )
+        return pinned, num_read
+
+    def _pinned(self, opening: Opening) -> Work[tuple[Pinned, int]]:
         if self.talk is not None and self.talk.pinned.opening == opening:
-            return self.talk.pinned
+            return self.talk.pinned, 0
         return (yield from pinning(self.caches, opening, self.openings, stride=self.settings.stride))
 
     def write(self, path: Path) -> None:
@@ -133,8 +172,8 @@ class House:
         """
         if self.talk is None:
             raise InputError("nothing was said yet, so there is nothing to save")
-        about = {"name": self.name, **self.settings.told()}
-        file.save(path, self.talk, self.settings.policy, self.caches.model, about)
+        about = {"name": self.name, **self.settings.told(), "is_archived": self.recalls is not None}
+        file.save(path, self.talk, self.settings.policy, self.caches.model, about, self.vault)
 
     def park(self, path: Path) -> None:
         """Write everything to a file and keep nothing, between turns.
@@ -155,12 +194,14 @@ class House:
         """Become what was saved."""
         model = self.caches.model
         file.check_model(saved.manifest, model)
-        pinned = yield from self._pinned(file.opening_of(saved.manifest))
+        pinned, _ = yield from self._pinned(file.opening_of(saved.manifest))
         settings = self.settings
         self.talk = file.load(saved, model, settings.policy, pinned, max_undo=settings.max_undo)
 
     def delete(self) -> None:
-        """Forget everything, and remove the file it waits in."""
+        """Forget everything, and remove its archive and the file it waits in."""
+        if self.recalls is not None:
+            self.recalls.delete()
         self.talk, self.is_deleted = None, True
         if self._parked is not None:
             file.delete(self._parked)
@@ -171,7 +212,7 @@ class House:
         if self._parked is None or self.talk is not None:
             return
         try:
-            yield from self.take(file.read(self._parked))
+            yield from self.take(file.read(self._parked, self.vault))
         except (SessionDamaged, ConfigError) as error:
             if not may_lose:
                 raise

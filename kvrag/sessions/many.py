@@ -7,20 +7,17 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
 from kvrag.errors import ConfigError, SessionError, StoreError
 from kvrag.sessions import file
 from kvrag.sessions.session import Session
+from kvrag.sessions.vault import PLAIN, Vault
 from kvrag.store.files import make_folder, try_lock
 from kvrag.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-SUFFIX = ".session"
-_LOCK = "sessions.lock"
 
 
 class Sessions:
@@ -32,18 +29,24 @@ class Sessions:
     """
 
     def __init__(
-        self, make: Callable[[str], Session], worker: Worker, folder: str | Path, *, budget_bytes: int | None
+        self,
+        make: Callable[[str], Session],
+        worker: Worker,
+        folder: str | Path,
+        *,
+        budget_bytes: int | None,
+        vault: Vault = PLAIN,
     ) -> None:
         """Serve the sessions of one folder; see `Engine.sessions`."""
         if budget_bytes is not None and budget_bytes < 0:
             raise ConfigError(f"budget_bytes is {budget_bytes}; expected 0 or more, or None for no limit")
         self._make, self._worker, self._folder = make, worker, Path(folder)
-        self._budget = budget_bytes
+        self._budget, self._vault = budget_bytes, vault
         self._lock = threading.Lock()
         self._all: WeakValueDictionary[str, Session] = WeakValueDictionary()
         self._awake: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         make_folder(self._folder)
-        held = try_lock(self._folder / _LOCK)
+        held = try_lock(vault.lock(self._folder))
         if held is None:
             raise SessionError(
                 f"another process has the sessions in {self._folder}; close it, or use another folder"
@@ -73,10 +76,16 @@ class Sessions:
             return name in self._awake or self._path(name).exists() or bool(session and session.is_busy)
 
     def names(self) -> list[str]:
-        """Ids of those in which something was said, sorted."""
+        """Ids of those in which something was said, sorted.
+
+        Raises:
+            SessionDamaged: a file cannot be read at all.
+            SessionSealed: a file is encrypted with another key.
+        """
         with self._lock:
             awake = set(self._awake)
-        parked = {str(file.name_of(path)) for path in self._folder.glob(f"*{SUFFIX}")}
+        files = file.files_of(self._folder, self._vault)
+        parked = {str(file.claimed(path, self._vault)[0]) for path in files}
         return sorted(awake | parked)
 
     def fork(self, name: str, new_name: str) -> Session:
@@ -150,7 +159,7 @@ class Sessions:
         return len(self._awake)
 
     def _path(self, name: str) -> Path:
-        return session_path(self._folder, name)
+        return self._vault.path(self._folder, name)
 
     def _check_open(self) -> None:
         if self._held is None:
@@ -196,8 +205,3 @@ class Sessions:
             total -= size
             with self._lock:
                 self._awake.pop(name, None)
-
-
-def session_path(folder: Path, name: str) -> Path:
-    """Where a folder has the session of an id, which may be any text."""
-    return folder / f"{blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=20).hexdigest()}{SUFFIX}"

@@ -16,6 +16,7 @@ from kvrag.model import Model
 from kvrag.plan import plan
 from kvrag.prefill import Work, reading_prompt
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
+from kvrag.text import joined_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,23 @@ class Opening:
         documents: texts that stand in it verbatim and may have caches.
         prefix: its beginning, that the documents are encoded behind.
         is_rendered: a chat template wrote it, with any BOS.
+        names: what the documents are called; none: they are numbered.
+        contexts: for each document the pieces of text that it is encoded behind, beside the prefix; none:
+            nothing.
     """
 
     text: str
     documents: tuple[str, ...] = ()
     prefix: str = ""
     is_rendered: bool = True
+    names: tuple[str, ...] = ()
+    contexts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The documents by name."""
+        names = self.names or tuple(map(str, range(len(self.documents))))
+        return dict(zip(names, self.documents, strict=True))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -43,11 +55,13 @@ class Pinned:
         opening: the text.
         table: its rows, from position 0 on without gaps.
         is_hit: for each document, whether its rows came from the store.
+        keys: the names of the documents, in the order in which they stand.
     """
 
     opening: Opening
     table: SegmentTable
     is_hit: tuple[bool, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +73,7 @@ Openings: TypeAlias = "WeakValueDictionary[Opening, Pinned]"
 """What sessions of one engine have pinned: those with the same opening share its rows."""
 
 
-def pinning(caches: Caches, opening: Opening, shared: Openings, *, stride: int) -> Work[Pinned]:
+def pinning(caches: Caches, opening: Opening, shared: Openings, *, stride: int) -> Work[tuple[Pinned, int]]:
     """Read an opening; documents that the store has are loaded, others read and put there.
 
     Args:
@@ -67,12 +81,15 @@ def pinning(caches: Caches, opening: Opening, shared: Openings, *, stride: int) 
         opening: the text.
         shared: looked into first, and added to.
         stride: most tokens of a pass.
+
+    Returns:
+        What is pinned, and how many tokens of it were read for that.
     """
-    found = shared.get(opening)
+    found, num_read = shared.get(opening), 0
     if found is None:
-        found = yield from _pinning(caches, opening, stride)
+        found, num_read = yield from _pinning(caches, opening, stride)
         shared[opening] = found
-    return found
+    return found, num_read
 
 
 def with_rows(pinned: Pinned, saved: SegmentTable) -> Pinned:
@@ -103,20 +120,25 @@ def _is_same(a: KV, b: KV) -> bool:
     return all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in pairs)
 
 
-def _pinning(caches: Caches, opening: Opening, stride: int) -> Work[Pinned]:
+def _pinning(caches: Caches, opening: Opening, stride: int) -> Work[tuple[Pinned, int]]:
     text = caches.model.text
 
     def first(piece: str) -> tuple[int, ...]:
         return text.tokenize(piece, first=not opening.is_rendered)
 
     if not opening.documents:
-        kv = caches.prefix(first(opening.text)) if opening.text else None
-        return Pinned(opening, SegmentTable((Segment(kv, 0),) if kv else ()))
-    named = {str(i): document for i, document in enumerate(opening.documents)}
+        tokens = first(opening.text) if opening.text else ()
+        num_read = 0 if caches.has_prefix(tokens) else len(tokens)
+        kv = caches.prefix(tokens)
+        return Pinned(opening, SegmentTable((Segment(kv, 0),) if kv else ())), num_read
+    named = opening.named
     planned = plan(
         opening.text, named, prefix=opening.prefix, tokenize=text.tokenize, first=first, ends=text.ends
     )
-    loaded = yield from caches.loading(first(opening.prefix), [span.entry for span in planned.cached])
+    behind = dict(zip(named, opening.contexts, strict=False))  # none are told, or all
+    contexts = [joined_tokens(text, behind.get(span.key, ())) for span in planned.cached]
+    entries = [span.entry for span in planned.cached]
+    loaded = yield from caches.loading(first(opening.prefix), entries, contexts=contexts)
     prefix = caches.prefix(planned.prefix.tokens) if planned.prefix else None
     composed = compose(planned, prefix, [document.kv for document in loaded]).composed()
     fresh = FreshRows(caches.model.num_layers)
@@ -125,7 +147,10 @@ def _pinning(caches: Caches, opening: Opening, stride: int) -> Work[Pinned]:
     read = literal_segments(caches.model, composed.tokens, fresh)
     segments = [*composed.table.seen_from(fresh.num_rows), *read]
     table = SegmentTable(tuple(sorted(segments, key=lambda s: s.target)))
-    return Pinned(opening, table, tuple(document.is_hit for document in loaded))
+    hits = tuple(document.is_hit for document in loaded)
+    missed = sum(one.kv.num_tokens for one in loaded if not one.is_hit)
+    pinned = Pinned(opening, table, hits, tuple(span.key for span in planned.cached))
+    return pinned, fresh.num_rows + missed
 
 
 def literal_segments(model: Model, tokens: Sequence[int], fresh: FreshRows) -> list[Segment]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from kvrag.errors import InputError
+from kvrag.known import KnownTexts
 from kvrag.messages import Message, Tool, from_user, normalized
 from kvrag.prompt import INSTRUCTION
 from kvrag.sessions.pinned import Opening
@@ -18,15 +20,18 @@ _SAID, _HEARD = "\u2063said\u2063", "\u2063heard\u2063"
 class Rendering:
     """Writes one session's conversations as the model's template does; without a template, as they come."""
 
-    def __init__(self, text: Text, system: str | None, documents: Sequence[str]) -> None:
+    def __init__(
+        self, text: Text, system: str | None, documents: Sequence[str], known: KnownTexts | None = None
+    ) -> None:
         """Write for one session.
 
         Args:
             text: the tokenizer and its template.
             system: the session's system prompt; None: what a history brings.
             documents: texts that every conversation begins with.
+            known: texts that may stand in front of one, too, and have caches.
         """
-        self._text = text
+        self._text, self._known = text, known
         self._documents = tuple(document.strip() for document in documents)
         self._joined = "\n\n".join(self._documents)
         lead = system if system is not None or not documents else INSTRUCTION
@@ -60,6 +65,13 @@ class Rendering:
             text = ""
         return self._opening(text, is_rendered=True)
 
+    def begun(self) -> Opening:
+        """What stands in front of a conversation that the user begins."""
+        if not self.has_template:
+            return self._plain_opening()
+        history = [{"role": "user", "content": _SAID}]
+        return self.opening(history, None, self.whole(history, None))
+
     def plain(self, history: str) -> tuple[Opening, str]:
         """Opening and whole of a text that is used as it comes; the session's own opening is put in front."""
         opening = self._plain_opening()
@@ -70,9 +82,24 @@ class Rendering:
 
     def _opening(self, text: str, *, is_rendered: bool) -> Opening:
         if not self._documents or self._joined not in text:
-            return Opening(text, is_rendered=is_rendered)
+            return self._among_known(text, is_rendered=is_rendered)
         prefix = text.partition(self._joined)[0]
         return Opening(text, self._documents, prefix, is_rendered)
+
+    def _among_known(self, text: str, *, is_rendered: bool) -> Opening:
+        """An opening whose documents are known texts that stand in it verbatim."""
+        bare = Opening(text, is_rendered=is_rendered)
+        if self._known is None:
+            return bare
+        found = {one.key: text[one.start : one.end] for one in self._known.find(text) if one.tier == "exact"}
+        contexts = self._known.contexts(found)
+        return replace(
+            bare,
+            documents=tuple(found.values()),
+            prefix=self._known.prefix if found else "",
+            names=tuple(found),
+            contexts=tuple(tuple(contexts.get(key, ())) for key in found),
+        )
 
     def addition(self, message: str) -> str:
         """What a message from the user adds behind an answer, up to where the next answer begins.
@@ -129,7 +156,7 @@ class Rendering:
         talk = normalized(history)
         for message in talk:
             if message.get("role") == "assistant" and isinstance(said := message["content"], str):
-                message["content"] = said.strip() if said and self._answers_lead() else said
+                message["content"] = said.strip() if said and self.lead else said
         if not self._system:
             return talk
         if talk[0].get("role") == "system":
@@ -139,7 +166,8 @@ class Rendering:
             return [{**talk[0], "content": f"{own}\n\n{self._joined}"}, *talk[1:]]
         return [{"role": "system", "content": self._system}, *talk]
 
-    def _answers_lead(self) -> str:
+    @property
+    def lead(self) -> str:
         """White space that the template writes in front of answers, where the model is to write it itself.
 
         Answers begin with it then, and the template would write it twice.

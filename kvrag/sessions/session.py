@@ -14,25 +14,25 @@ import torch
 from kvrag.answer import Answer, Piece
 from kvrag.caches import Caches
 from kvrag.config import Sampling
-from kvrag.errors import GenerationCancelled, InputError
+from kvrag.errors import ConfigError, GenerationCancelled, InputError
+from kvrag.known import KnownTexts
 from kvrag.memory.base import MemoryPolicy
-from kvrag.messages import Message, Tool
+from kvrag.messages import Tool
 from kvrag.model import Model
 from kvrag.prefill import Read, Work
 from kvrag.sessions import file
-from kvrag.sessions.digest import TextDigest
+from kvrag.sessions.asking import Asking, History
 from kvrag.sessions.house import House
 from kvrag.sessions.lost import Forgotten, forgotten
 from kvrag.sessions.pinned import Openings
-from kvrag.sessions.rendering import Rendering
 from kvrag.sessions.settings import Settings
 from kvrag.sessions.talk import Talk
 from kvrag.sessions.turn import Asked, Recalls, read_prompt, turn
+from kvrag.sessions.vault import vault_of
 from kvrag.streams import AnswerStream
 from kvrag.worker import Ask, Worker
 
 T = TypeVar("T")
-History = str | Sequence[Message]
 
 
 class Session:
@@ -59,6 +59,7 @@ class Session:
         name: str | None = None,
         openings: Openings | None = None,
         recalls: Recalls | None = None,
+        known: KnownTexts | None = None,
     ) -> None:
         """Make an empty one; see `Engine.session`.
 
@@ -69,30 +70,44 @@ class Session:
             name: its id.
             openings: what sessions of this engine have pinned.
             recalls: brings back what the memory has lost.
+            known: texts with caches that may stand in front of a turn, if `settings.swaps_opening`.
         """
-        self.name, self.settings, self.recalls = name, settings, recalls
+        self.name, self.settings = name, settings
         shared: Openings = WeakValueDictionary() if openings is None else openings
         self.house = House(caches, worker, settings, name, shared)
         """Where it lives; for whoever looks after many sessions."""
+        self.house.recalls = recalls
         self._model, self._worker = caches.model, worker
-        self._rendering = Rendering(caches.model.text, settings.system, settings.documents)
+        self._asking = Asking(self.house, known if settings.swaps_opening else None)
 
-    def send(self, message: str, *, sampling: Sampling | None = None) -> Answer:
+    def send(
+        self, message: str, *, documents: Sequence[str] | None = None, sampling: Sampling | None = None
+    ) -> Answer:
         """Say something behind what was said, and wait for the answer.
 
         Args:
             message: what the user says; where the model has no chat template, text as it is.
+            documents: texts that stand in front from this turn on, in the place of those before, loaded from
+                the store where it has them; for sessions with `swaps_opening` only. None: as they are.
             sampling: how the answer is chosen; greedy by default.
 
         Raises:
             InputError: nothing was said, or the template refuses it.
+            ConfigError: the session does not swap documents, or these leave no positions.
             ContextOverflow: a memory without a budget is full.
         """
-        return _waited(self.stream(message, sampling=sampling))
+        return _waited(self.stream(message, documents=documents, sampling=sampling))
 
-    def stream(self, message: str, *, sampling: Sampling | None = None) -> AnswerStream:
+    def stream(
+        self, message: str, *, documents: Sequence[str] | None = None, sampling: Sampling | None = None
+    ) -> AnswerStream:
         """The same as `send`, piece by piece; also with `async for`."""
-        return self._submitted(partial(self._said, message), sampling)
+        if documents is not None and not self.settings.swaps_opening:
+            raise ConfigError(
+                "this session keeps the documents that it began with; make it with swaps_opening=True to "
+                "give a turn others"
+            )
+        return self._submitted(partial(self._asking.said, message, documents), sampling)
 
     def reply_to(
         self, history: History, *, tools: Sequence[Tool] | None = None, sampling: Sampling | None = None
@@ -118,11 +133,13 @@ class Session:
         self, history: History, *, tools: Sequence[Tool] | None = None, sampling: Sampling | None = None
     ) -> AnswerStream:
         """The same as `reply_to`, piece by piece; also with `async for`."""
-        return self._submitted(partial(self._asked, history, tools), sampling, may_lose=True)
+        return self._submitted(partial(self._asking.asked, history, tools), sampling, may_lose=True)
 
-    async def asend(self, message: str, *, sampling: Sampling | None = None) -> Answer:
+    async def asend(
+        self, message: str, *, documents: Sequence[str] | None = None, sampling: Sampling | None = None
+    ) -> Answer:
         """The same as `send`, without blocking the event loop."""
-        return await _awaited(self.stream(message, sampling=sampling))
+        return await _awaited(self.stream(message, documents=documents, sampling=sampling))
 
     async def areply_to(
         self, history: History, *, tools: Sequence[Tool] | None = None, sampling: Sampling | None = None
@@ -134,7 +151,7 @@ class Session:
         """[V], float32: what would choose the first token of an answer; the session stays as it is."""
 
         def work() -> Work[torch.Tensor]:
-            asked = yield from self._said(message)
+            asked = yield from self._asking.said(message)
             return (yield from read_prompt(self._model, self._talked, asked, stride=self.settings.stride))
 
         return self.house.do(work)
@@ -156,8 +173,8 @@ class Session:
                 )
             for _ in range(num_turns):
                 talk.undo()
-            if self.recalls is not None:
-                self.recalls.undone(talk)
+            if self.house.recalls is not None:
+                self.house.recalls.undone(talk)
 
         self.house.do(partial(_at_once, undone))
 
@@ -167,20 +184,21 @@ class Session:
         Args:
             name: its id; None: it has none, or with an archive a new one.
         """
-        if self.recalls is not None and name is None:
-            name = uuid.uuid4().hex
         house = self.house
+        if house.recalls is not None and name is None:
+            name = uuid.uuid4().hex
         other = Session(
             house.caches,
             self._worker,
             self.settings,
             name=name,
             openings=house.openings,
+            known=self._asking.known,
         )
 
         def forked() -> None:
-            if self.recalls is not None and name is not None:
-                other.recalls = self.recalls.fork(name, self._talk)
+            if house.recalls is not None and name is not None:
+                other.house.recalls = house.recalls.fork(name, self._talk)
             other.house.talk = None if self._talk is None else self._talk.fork()
 
         house.do(partial(_at_once, forked))
@@ -199,13 +217,7 @@ class Session:
 
     def delete(self) -> None:
         """Forget everything, archive and parked file included; the session cannot be used any more."""
-
-        def deleted() -> None:
-            if self.recalls is not None:
-                self.recalls.delete()
-            self.house.delete()
-
-        self.house.do(partial(_at_once, deleted), wakes=False)
+        self.house.do(partial(_at_once, self.house.delete), wakes=False)
 
     def forgotten(self, *, at_most: float = 0.0) -> list[Forgotten]:
         """Parts of the conversation that the memory has lost, oldest first.
@@ -220,7 +232,11 @@ class Session:
             raise InputError("this session was made with keeps_log=False, so nobody knows what it forgot")
 
         def lost() -> list[Forgotten]:
-            return [] if self._talk is None else forgotten(self._talk, self._model.text.decode, at_most)
+            talk, recalls = self._talk, self.house.recalls
+            if talk is None:
+                return []
+            kept = [] if recalls is None else recalls.kept(talk)
+            return forgotten(talk, self._model.text.decode, at_most, kept)
 
         return self.house.do(partial(_at_once, lost))
 
@@ -247,6 +263,11 @@ class Session:
         """Bytes of keys and values that this session keeps in memory, what is pinned left out."""
         talk = self._talk
         return talk.num_bytes if talk else 0
+
+    @property
+    def is_archived(self) -> bool:
+        """Whether what it says is kept in an archive."""
+        return self.house.recalls is not None
 
     @property
     def is_busy(self) -> bool:
@@ -286,52 +307,11 @@ class Session:
                     asked,
                     sampling,
                     stride=self.settings.stride,
-                    recalls=self.recalls,
+                    recalls=self.house.recalls,
                 )
             )
 
         yield (yield from self.house.alone(work, may_lose=may_lose))
-
-    def _said(self, message: str) -> Work[Asked]:
-        """What a message adds."""
-        if self._talk is None or self._talk.is_empty:
-            whole: History = (
-                [{"role": "user", "content": message}] if self._rendering.has_template else message
-            )
-            return (yield from self._asked(whole, None))
-        return Asked(self._rendering.addition(message), said=message)
-
-    def _asked(self, history: History, tools: Sequence[Tool] | None) -> Work[Asked]:
-        """What is new in a history; the session has a memory for it then."""
-        writes = self._rendering
-        if isinstance(history, str):
-            opening, whole = writes.plain(history)
-        else:
-            whole = writes.whole(history, tools)
-            opening = writes.opening(history, tools, whole)
-        text = whole[len(opening.text) :]
-        if not text:
-            raise InputError("there is nothing to answer; say something")
-        talk, known, anew = self._talk, None, False
-        if talk is not None and talk.pinned.opening == opening:
-            known = talk.known_beginning(text)
-        if known is None:
-            anew = talk is not None and not talk.is_empty
-            yield from self.house.begin(opening)
-            known = (0, TextDigest())
-        go_back, before = known
-        start = before.length
-        at = len(opening.text) + start
-        borders = {} if isinstance(history, str) else writes.borders(history, tools, whole, at)
-        return Asked(
-            text[start:],
-            {border - at: role for border, role in borders.items()},
-            go_back,
-            before,
-            anew,
-            first=not opening.is_rendered and not at,
-            said=_last_said(history),
-        )
 
 
 def loaded_session(
@@ -342,9 +322,10 @@ def loaded_session(
     *,
     openings: Openings,
     recalls: Callable[[str | None], Recalls | None] = lambda _: None,
+    known: KnownTexts | None = None,
 ) -> Session:
     """The session that a file holds; see `Engine.load_session`."""
-    saved = file.read(path)
+    saved = file.read(path, vault_of(caches))
     about = saved.manifest["about"]
     settings = Settings(
         file.policy_of(saved.manifest) if policy is None else policy,
@@ -353,9 +334,12 @@ def loaded_session(
         int(about["stride"]),
         bool(about["keeps_log"]),
         int(about["max_undo"]),
+        bool(about.get("swaps_opening", False)),
     )
     name = about["name"]
-    session = Session(caches, worker, settings, name=name, openings=openings, recalls=recalls(name))
+    session = Session(
+        caches, worker, settings, name=name, openings=openings, recalls=recalls(name), known=known
+    )
     worker.do(lambda: session.house.take(saved))
     return session
 
@@ -380,11 +364,3 @@ def _at_once(function: Callable[[], T]) -> Work[T]:
     """Work that asks for nothing."""
     yield from ()
     return function()
-
-
-def _last_said(history: History) -> str:
-    """What the user said last."""
-    if isinstance(history, str):
-        return history
-    said = [str(m.get("content") or "") for m in history if m.get("role") == "user"]
-    return said[-1] if said else ""

@@ -21,6 +21,8 @@ class Settings:
         stride: most tokens that are read before they are inserted into the memory.
         keeps_log: keep the tokens (4 bytes each), to say what was forgotten.
         max_undo: turns that can be taken back.
+        swaps_opening: what stands in front may be another text in every turn: it is put in the place of the
+            one before, and the conversation is kept as it was read.
     """
 
     policy: MemoryPolicy
@@ -29,6 +31,7 @@ class Settings:
     stride: int = 128
     keeps_log: bool = True
     max_undo: int = 2
+    swaps_opening: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -52,4 +55,5 @@ class Settings:
             "stride": self.stride,
             "keeps_log": self.keeps_log,
             "max_undo": self.max_undo,
+            "swaps_opening": self.swaps_opening,
         }

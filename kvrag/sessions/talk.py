@@ -10,6 +10,7 @@ import torch
 
 from kvrag.errors import ConfigError, UnsupportedModel
 from kvrag.memory.base import MemoryPolicy, MemoryState
+from kvrag.memory.holding import Holding
 from kvrag.memory.reading import Listener, MemoryReader, StrideRows
 from kvrag.memory.rows import Journal, MemoryRows
 from kvrag.model import Model
@@ -49,6 +50,7 @@ class Talk:
 
     Attributes:
         pinned: what stands in front.
+        behind: tokens of what stood in front when it was begun.
         digests: of the text behind that, read and answered, and of forms in which it may come back.
         state: which entry is where.
         rows: the entries.
@@ -58,7 +60,14 @@ class Talk:
     """
 
     def __init__(
-        self, model: Model, policy: MemoryPolicy, pinned: Pinned, *, keeps_log: bool, max_undo: int
+        self,
+        model: Model,
+        policy: MemoryPolicy,
+        pinned: Pinned,
+        *,
+        keeps_log: bool,
+        max_undo: int,
+        behind: int | None = None,
     ) -> None:
         """An empty one.
 
@@ -68,6 +77,7 @@ class Talk:
             pinned: what stands in front.
             keeps_log: keep the tokens.
             max_undo: turns that can be taken back.
+            behind: tokens of what stood in front when it was begun; None: of what stands there now.
 
         Raises:
             ConfigError: the memory, full, has more positions than the model.
@@ -80,9 +90,10 @@ class Talk:
             )
         self._model, self._policy, self._max_undo = model, policy, max_undo
         self.pinned = pinned
+        self.behind = pinned.num_tokens if behind is None else behind
         check_room(model, policy, pinned.num_tokens)
         self.state: MemoryState = policy.start(
-            model.num_layers, heads.pop(), pinned=pinned.num_tokens, device=model.device
+            model.num_layers, heads.pop(), pinned=self.behind, device=model.device
         )
         self.rows = MemoryRows(model.specs, model.shapes, dtype=model.dtype, device=model.device)
         self.digests: tuple[TextDigest, ...] = (TextDigest(),)
@@ -90,6 +101,7 @@ class Talk:
         self.snapshots: list[Snapshot] = []
         self.num_turns = 0
         self._mark: Snapshot | None = None
+        self._front: Pinned | None = None  # what stood in front before the turn that is under way
         self._undone: list[_Undone] = []
 
     def reader(
@@ -145,34 +157,47 @@ class Talk:
         return None if number is None else known[number]
 
     @property
+    def num_leant_on(self) -> int:
+        """How many pinned tokens the memory has in place of first tokens of its own (attention sinks)."""
+        return min(self.behind, int(getattr(self._policy, "sinks", 0)))
+
+    @property
     def went_back(self) -> bool:
         """Whether the turn that is under way has taken back others, which come back if it fails."""
         return bool(self._undone)
 
-    def begin(self, go_back: int = 0) -> None:
+    def begin(self, go_back: int = 0, pinned: Pinned | None = None) -> None:
         """Begin a turn, behind taking back some; `commit` or `fail` ends it.
 
         Args:
             go_back: turns that are taken back.
+            pinned: what stands in front from now on; None: what did before.
         """
+        self._front = self.pinned
+        self.pinned = pinned or self.pinned
         self._undone = [self._undo() for _ in range(go_back)]
         self._mark = self._snapshot(self.rows.begin())
 
-    def commit(self, before: TextDigest | None, said: str, answer: str) -> None:
+    def commit(self, before: TextDigest | None, said: str, answer: str, lead: str = "") -> None:
         """The turn is complete, and its text part of the conversation.
 
         Args:
             before: the text behind which it was said; None: the conversation's own.
             said: the turn's new text.
             answer: what stands behind it. Many templates leave out white space around it when it comes back.
+            lead: white space that the template puts in front of answers when they come back; one that keeps
+                to a form may not have begun with it.
         """
         assert self._mark is not None
         self.rows.end()
         self.snapshots = [*self.snapshots, self._mark][-self._max_undo :] if self._max_undo else []
-        forms = dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip()))
+        bare = answer.lstrip()
+        forms = dict.fromkeys(
+            (answer, answer.strip(), answer.rstrip(), bare, lead + bare, lead + bare.rstrip())
+        )
         start = (self.digests[0] if before is None else before).add(said)
         self.digests = tuple(start.add(form) for form in forms)
-        self._mark, self._undone = None, []
+        self._mark, self._front, self._undone = None, None, []
         self.num_turns += 1
 
     def again(self) -> None:
@@ -188,13 +213,14 @@ class Talk:
             return
         self._restore(self._mark)
         self.rows.end()
+        self.pinned = self._front or self.pinned
         for undone in reversed(self._undone):
             self._restore(undone.after)
             if self.log is not None:
                 self.log.extend(undone.log)
             self.snapshots.append(undone.before)
             self.num_turns += 1
-        self._mark, self._undone = None, []
+        self._mark, self._front, self._undone = None, None, []
 
     def undo(self) -> None:
         """Take back the last turn for good."""
@@ -224,7 +250,7 @@ class Talk:
     def fork(self) -> Talk:
         """The same conversation, from now on independent."""
         model, policy = self._model, self._policy
-        other = Talk(model, policy, self.pinned, keeps_log=False, max_undo=self._max_undo)
+        other = Talk(model, policy, self.pinned, keeps_log=False, max_undo=self._max_undo, behind=self.behind)
         other.state.restore(self.state.state())
         other.rows, other.digests = self.rows.copy(), self.digests
         other.log = None if self.log is None else self.log[:]
@@ -233,11 +259,12 @@ class Talk:
 
     def num_remembered(self) -> tuple[int, float]:
         """Tokens that at least one layer and head holds, and the share that an average one holds."""
-        ids = self.state.ids
-        held, groups = ids[ids >= 0], ids.shape[0] * ids.shape[1]
-        if not self.state.seen:
-            return 0, 1.0
-        return len(held.unique()), len(held) / groups / self.state.seen
+        holding = self.holding()
+        return holding.num_tokens, holding.share
+
+    def holding(self) -> Holding:
+        """Which tokens are held, and in how many layers and heads."""
+        return Holding(self.state.ids, self.state.seen)
 
     def held(self) -> torch.Tensor:
         """[L, tokens], float32: which share of a layer's heads holds each token of the conversation."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from kvrag.answer import Answer, MemoryUse, Piece, RecalledSpan, Usage
+from kvrag.answer import Answer, DocumentUse, MemoryUse, Piece, RecalledSpan, Usage
 from kvrag.config import Sampling
 from kvrag.decode import Chooser, Step, choice, end_tokens
 from kvrag.errors import ContextOverflow, InputError
@@ -19,6 +19,8 @@ from kvrag.plan import Literal, PromptPlan
 from kvrag.prefill import Read, Work
 from kvrag.segments import SegmentTable
 from kvrag.sessions.digest import TextDigest
+from kvrag.sessions.pinned import Pinned
+from kvrag.sessions.resting import Resting
 from kvrag.sessions.talk import Talk
 from kvrag.worker import Ask
 from kvrag.written import Written
@@ -40,6 +42,9 @@ class Asked:
         anew: the conversation is a new one.
         first: the text begins with what the tokenizer puts in front of one (BOS).
         said: what the user said last, as an archive is to be searched for it.
+        lead: white space that the template will put in front of the answer.
+        pinned: what stands in front from this turn on; None: what did before.
+        pinned_read: tokens that were read of what stands in front.
     """
 
     new: str
@@ -49,6 +54,9 @@ class Asked:
     anew: bool = False
     first: bool = False
     said: str = ""
+    lead: str = ""
+    pinned: Pinned | None = None
+    pinned_read: int = 0
 
 
 class Recalls(Protocol):
@@ -97,6 +105,10 @@ class Recalls(Protocol):
         """Turns were taken back: what stands behind `talk.state.seen` was never said."""
         ...
 
+    def kept(self, talk: Talk) -> list[tuple[int, int]]:
+        """Places of the talk that could come back: first token and the one behind the last, in order."""
+        ...
+
     def fork(self, session: str, talk: Talk | None) -> Recalls:
         """The same for a copy of the talk, under another id."""
         ...
@@ -130,7 +142,7 @@ def turn(
     if not pieces:
         raise InputError("there is nothing to read: the history is what was said and answered before")
     laps.lap("plan")
-    talk.begin(asked.go_back)
+    talk.begin(asked.go_back, asked.pinned)
     try:
         return (yield from _turn(model, talk, asked, pieces, sampling, stride, recalls, laps))
     except BaseException:
@@ -168,13 +180,15 @@ def _turn(
     reading = reader()
     last = yield from read_pieces(reading, [question])
     assert last is not None
+    resting = Resting(talk.pinned, reading.pinned_mass)
     reading.role = ANSWERS
     sampling = _within(model, talk, reading, sampling)
     context = _context(talk, pieces)
     written = Written(model.text, sampling.stop)
     chooser = Chooser(choice(model, context, sampling), context, device=model.device)
     while True:
-        step = chooser.step(last, ())
+        step = chooser.step(last, resting.documents)
+        resting.note(step)
         if not written.tokens:
             laps.lap("prefill")
         piece = written.add(step.token, step.logprobs)
@@ -197,15 +211,16 @@ def _turn(
         yield from reading.reading(left.unread)
     reading.insert()
     spans = recalls.looked(reading.extra_mass) if recalls is not None else ()
-    talk.commit(asked.before, asked.new, written.text)
+    uses = resting.uses(is_new=bool(asked.pinned_read))
+    talk.commit(asked.before, asked.new, written.text, asked.lead)
     if recalls is not None:
         recalls.settle(talk)
-    return _answer(model, talk, asked, pieces, sampling, written, step, laps, spans)
+    return _answer(model, talk, asked, pieces, sampling, written, step, laps, spans, uses)
 
 
 def read_prompt(model: Model, talk: Talk, asked: Asked, *, stride: int) -> Work[torch.Tensor]:
     """[V], float32: the logits behind a turn's new text; the talk is what it was before."""
-    talk.begin(asked.go_back)
+    talk.begin(asked.go_back, asked.pinned)
     try:
         last = yield from read_pieces(talk.reader(stride), _roles(asked, _pieces(model, asked)))
         assert last is not None
@@ -303,18 +318,19 @@ def _answer(
     last: Step,
     laps: Laps,
     spans: tuple[RecalledSpan, ...],
+    uses: tuple[DocumentUse, ...],
 ) -> Answer:
     num_read = sum(len(piece.tokens) for piece in pieces)
     num_pinned, said = talk.pinned.num_tokens, talk.state.seen
     remembered, share = talk.num_remembered()
     ended = last.is_complete or (not sampling.ignore_eos and last.token in end_tokens(model))
-    before = said - num_read - len(written.tokens)
+    before = num_pinned - asked.pinned_read + max(0, said - num_read - len(written.tokens))
     return Answer(
         written.text,
         tuple(written.tokens),
         "stop" if written.stopped or ended else "length",
-        (),
-        Usage(num_pinned + max(0, before) + num_read, num_pinned + max(0, before), len(written.tokens)),
+        uses,
+        Usage(before + asked.pinned_read + num_read, before, len(written.tokens)),
         laps.timing(),
         PromptPlan(tuple(pieces)),
         "",
@@ -329,5 +345,6 @@ def _answer(
             asked.go_back,
             asked.anew,
             spans,
+            asked.pinned_read,
         ),
     )

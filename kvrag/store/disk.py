@@ -32,6 +32,7 @@ from kvrag.store.layout import Damaged
 from kvrag.store.ledger import Ledger
 from kvrag.store.loading import Loader
 from kvrag.store.room import Limits
+from kvrag.store.sealing import MasterKey
 from kvrag.store.upkeep import Upkeep
 from kvrag.store.writing import Writer
 
@@ -115,6 +116,15 @@ class DiskStore(KeptFolder):
     def is_encrypted(self) -> bool:
         """Whether its entries are, or will be once there are some."""
         return self._folder.filters.look_at(self.path)
+
+    @property
+    def master_key(self) -> MasterKey | None:
+        """What its entries are encrypted with, for what else belongs to them; None: they are not.
+
+        Raises:
+            ConfigError: they are, with another key or without one given here.
+        """
+        return self._folder.filters.key_for(self.path)
 
     def get(self, key: EntryKey, *, by_layer: bool = False) -> KV:
         """Return the entry's rows: as views of its mapped file, or decoded where a codec wrote them.

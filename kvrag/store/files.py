@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def write_partial(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def write_partial(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write and sync a new file that is not yet anybody's; removed again if that fails.
 
     Raises:
@@ -32,7 +32,7 @@ def write_partial(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     write_partials([(path, parts)])
 
 
-def write_partials(files: Iterable[tuple[Path, Sequence[bytes | memoryview]]]) -> None:
+def write_partials(files: Iterable[tuple[Path, Iterable[bytes | memoryview]]]) -> None:
     """Write new files that are not yet anybody's, then sync them side by side; removed again if that fails.
 
     The disk begins with each piece while the next one is copied, and the waiting is done once: a sync of many
@@ -61,7 +61,7 @@ def write_partials(files: Iterable[tuple[Path, Sequence[bytes | memoryview]]]) -
             os.close(descriptor)
 
 
-def _write(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
+def _write(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
     """Append all parts, in pieces that the disk begins to write at once."""
     at = 0
     for piece in _pieces(parts):
@@ -75,7 +75,7 @@ def _write(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
         at += size
 
 
-def _pieces(parts: Sequence[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+def _pieces(parts: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
     """The parts in groups of some megabytes: the page cache then has large pages, which are read faster."""
     piece: list[bytes | memoryview] = []
     size = 0

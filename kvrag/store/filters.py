@@ -157,10 +157,19 @@ class Filters:
             ConfigError: it is, with another key or without one given here.
             OSError: it cannot be written.
         """
+        key = self.key_for(folder)
+        if key is not None and not (folder / _NAME).exists():
+            write_note(folder, Note(key.id))
+
+    def key_for(self, folder: Path) -> MasterKey | None:
+        """The key that what belongs to the folder is encrypted with; None: nothing is.
+
+        Raises:
+            ConfigError: it is encrypted, with another key or without one given here.
+        """
         if self.look_at(folder) and self.key is None:
             raise ConfigError(f"the store at {folder} is encrypted: {_OPEN}")
-        if self.key is not None and not (folder / _NAME).exists():
-            write_note(folder, Note(self.key.id))
+        return self.key
 
 
 PLAIN = Filters()

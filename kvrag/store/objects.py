@@ -26,6 +26,7 @@ from kvrag.store.key import EntryKey
 from kvrag.store.layout import Damaged
 from kvrag.store.moving import HEADER_BYTES, EntryBytes, Frame, in_one_piece
 from kvrag.store.opened import OpenedObject, entry_of, object_name
+from kvrag.store.sealing import MasterKey
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,11 @@ class ObjectStore:
         self._trouble.over()
         self._room.note_read(key.id)
         return kv
+
+    @property
+    def master_key(self) -> MasterKey | None:
+        """What its entries are encrypted with; None: they are not."""
+        return self._filters.key
 
     @property
     def tier_names(self) -> tuple[str, ...]:

@@ -36,23 +36,28 @@ class MasterKey:
 
     Args:
         raw: 32 random bytes, kept away from the data; `kvrag.keys.write_key` makes them.
+        version: of what is encrypted; keys that are derived for another one have nothing to do with it.
 
     Raises:
         ConfigError: not 32 bytes.
         MissingExtra: `cryptography` is not installed.
     """
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, version: int = LAYOUT_VERSION) -> None:
         if len(raw) != KEY_BYTES:
             raise ConfigError(
                 f"the key has {len(raw)} bytes; expected {KEY_BYTES} of kvrag.keys.write_key(path)"
             )
-        self._raw = raw
+        self._raw, self._version = raw, version
         self.id = self._derived(raw, b"id").hex()[:32]
         """Names the key and gives nothing of it away."""
         self._tenant_key = lru_cache(maxsize=256)(
             lambda tenant: self._derived(raw, b"tenant", tenant.encode())
         )
+
+    def of_version(self, version: int) -> MasterKey:
+        """The same key for what has another version."""
+        return self if version == self._version else MasterKey(self._raw, version)
 
     def is_called(self, key_id: str) -> bool:
         """Whether the id is this key's."""
@@ -60,12 +65,12 @@ class MasterKey:
 
     def cipher(self, tenant: str, entry_id: str) -> Cipher:
         """What seals and opens the blobs of one entry."""
-        return Cipher(self._derived(self._tenant_key(tenant), b"entry", entry_id.encode()), entry_id)
+        key = self._derived(self._tenant_key(tenant), b"entry", entry_id.encode())
+        return Cipher(key, entry_id, self._version)
 
-    @staticmethod
-    def _derived(key: bytes, purpose: bytes, name: bytes = b"") -> bytes:
+    def _derived(self, key: bytes, purpose: bytes, name: bytes = b"") -> bytes:
         hashes, hkdf = _library("hazmat.primitives.hashes"), _library("hazmat.primitives.kdf.hkdf")
-        info = b"kvrag %d %b %b" % (LAYOUT_VERSION, purpose, name)
+        info = b"kvrag %d %b %b" % (self._version, purpose, name)
         derived: bytes = hkdf.HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=info).derive(key)
         return derived
 
@@ -73,9 +78,9 @@ class MasterKey:
 class Cipher:
     """AES-256-GCM under the key of one entry."""
 
-    def __init__(self, key: bytes, entry_id: str) -> None:
+    def __init__(self, key: bytes, entry_id: str, version: int = LAYOUT_VERSION) -> None:
         self._aead = _library("hazmat.primitives.ciphers.aead").AESGCM(key)
-        self._entry_id = entry_id
+        self._entry_id, self._version = entry_id, version
 
     def seal(self, parts: Sequence[bytes | memoryview], *bound_to: str) -> bytearray:
         """Nonce, ciphertext and tag.
@@ -118,7 +123,7 @@ class Cipher:
 
     def _bound(self, bound_to: Sequence[str]) -> bytes:
         """Each preceded by its length: no two lists have one encoding."""
-        words = [part.encode() for part in ("kvrag", str(LAYOUT_VERSION), self._entry_id, *bound_to)]
+        words = [part.encode() for part in ("kvrag", str(self._version), self._entry_id, *bound_to)]
         return b"".join(len(word).to_bytes(8, "little") + word for word in words)
 
 

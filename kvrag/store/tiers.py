@@ -20,6 +20,7 @@ from kvrag.store.journal import Holds, Journal
 from kvrag.store.key import EntryKey
 from kvrag.store.lowering import Lowering
 from kvrag.store.raising import Raising
+from kvrag.store.sealing import MasterKey
 from kvrag.store.stack import TierStats, info_of, merged, placed
 from kvrag.store.stairs import TROUBLE, Stairs
 from kvrag.store.traffic import Traffic
@@ -94,6 +95,12 @@ class TieredStore:
     def disk(self) -> DiskStore | None:
         """The first tier on a disk of this machine, if there is one."""
         return next((tier.store for tier in self._tiers if isinstance(tier.store, DiskStore)), None)
+
+    @property
+    def master_key(self) -> MasterKey | None:
+        """What the entries that last are encrypted with; None: they are not."""
+        keys = (getattr(tier.store, "master_key", None) for tier in self._stairs.lasting)
+        return next((key for key in keys if key is not None), None)
 
     @property
     def traffic(self) -> Traffic:

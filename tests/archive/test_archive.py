@@ -266,7 +266,8 @@ def test_tenants_never_find_each_others_spans(open_archive: Opener) -> None:
     assert len(set(store.ids())) == 2
     # Even one who reads the other's database lacks the names of the entries.
     thief = open_archive(store, prints[1], collection="chats-0")
-    assert thief.load(thief.spans("a")) == [None]
+    assert thief.spans("a") == []
+    assert thief.load(archives[0].spans("a")) == [None]
     with pytest.raises(ConfigError, match="secret"):
         open_archive(store, example_fingerprint(tenant=prints[0].tenant)).add("a", chain(PIER))
 

@@ -20,11 +20,13 @@ import pytest
 from kvrag import Engine, Sampling
 from kvrag.cli import chatting
 from kvrag.conversations import Conversations
+from kvrag.home import Home
 from kvrag.memory.policies import POLICIES
 from kvrag.memory.window import Window
 
 Run = Callable[..., Any]
 Refused = Callable[[Any, str], None]
+SECRET = "The treasure lies under the juniper."
 SAID = ["Where is the ferry?", "And in winter?", "Who keeps the lighthouse?"]
 SHORT = ("--max-new-tokens", "6", "--memory", "window", "--budget", "48")
 
@@ -136,10 +138,112 @@ def test_documents_are_always_there(chat: Run, notes: Path) -> None:
     first = chat([SAID[0]], *options, "--session", "jane")
     assert first.status == 0
     assert any(Path(".kvrag/store").rglob("*.kv*")) or any(Path(".kvrag/store").rglob("*.safetensors"))
-    assert chat([SAID[1]], "--session", "jane", "--max-new-tokens", "6").status == 0
+    again = chat([SAID[1]], "--session", "jane", "--max-new-tokens", "6")
+    assert again.status == 0
+    shares = re.findall(r"^ +(\d+)% #* +(\S.*?) +\((\d+) tokens, (.*)\)$", first.err, re.MULTILINE)
+    assert sorted(name.rpartition("/")[2] for _, name, _, _ in shares) == ["a.txt", "b.md"]
+    assert [int(share) for share, *_ in shares] == sorted((int(s) for s, *_ in shares), reverse=True)
+    assert 98 <= sum(int(share) for share, *_ in shares) <= 102
+    assert all(state == "read now" for *_, state in shares)
+    assert len(re.findall(r"% .*The lighthouse of Varn.*cached\)$", again.err, re.MULTILINE)) == 1
 
 
-def test_what_cannot_be_done(chat: Run, run: Run, assert_refused: Refused, monkeypatch: Any) -> None:
+def archived(home: Path = Path(".kvrag")) -> dict[str, int]:
+    with Home(home).archive() as archive:
+        return archive.sessions()
+
+
+def test_what_is_forgotten_is_archived_and_comes_back(chat: Run, run: Run) -> None:
+    options = ("--session", "jane", "--memory", "window", "--budget", "20", "--max-new-tokens", "6")
+    first = chat([SECRET, *SAID, "/forgotten"], *options, "--archive")
+    assert first.status == 0
+    places = re.findall(r"^  \d+ to \d+, (archived|in part archived|lost): ", first.err, re.MULTILINE)
+    assert places
+    assert "lost" not in places
+    again = chat(["Where is the treasure of the juniper?"], "--session", "jane", "--max-new-tokens", "6")
+    assert re.search(r"^  recalled, \d+%, user in turn 1: .*treasure lies", again.err, re.MULTILINE)
+    assert all(len(line) <= 80 for line in again.err.splitlines())
+    assert run("sessions", "--json").object["sessions"][0]["is_archived"] is True
+    assert "window 20 + archive" in run("sessions").out
+    assert archived().keys() == {"jane"}
+    chat(["/fork bob", "/save talk.session"], "--session", "jane")
+    assert chat(["/forgotten"], "--load", "talk.session", "--session", "carl").status == 0
+    assert archived().keys() == {"jane", "bob", "carl"}
+    unnamed = chat(["/forgotten"], "--load", "talk.session")
+    assert "archived" not in unnamed.err
+    assert run("sessions", "--rm", "jane").status == 0
+    assert archived().keys() == {"bob", "carl"}
+    chat(["/delete carl", "/delete", SAID[0]], "--session", "bob", "--max-new-tokens", "6")
+    assert archived() == {"bob": 1}
+    assert b"juniper" not in b"".join(f.read_bytes() for f in Path(".kvrag").rglob("*") if f.is_file())
+
+
+def test_a_conversation_can_be_archived_from_some_turn_on(chat: Run) -> None:
+    options = ("--session", "jane", "--max-new-tokens", "6")
+    assert chat([SECRET, SAID[0]], *options, "--memory", "window", "--budget", "20").status == 0
+    done = chat([*SAID[1:], "/forgotten"], *options, "--archive")
+    assert done.status == 0
+    assert re.search(r"^  \d+ to \d+, in part archived: ", done.err, re.MULTILINE)
+    assert not any("juniper" in span.text for span in spans("jane"))
+
+
+def spans(name: str) -> Any:
+    with Home(".kvrag").archive() as archive:
+        return archive.spans(name)
+
+
+def test_a_copy_takes_along_what_was_said_in_it_only(chat: Run) -> None:
+    options = ("--session", "jane", "--max-new-tokens", "6")
+    chat([SECRET, "/save talk.session"], *options, "--memory", "window", "--budget", "40", "--archive")
+    chat(["/undo", "The weather is fine, and the sea is calm."], *options)
+    assert not any("juniper" in span.text for span in spans("jane"))
+    chat(["/stats"], "--load", "talk.session", "--session", "copy")
+    assert spans("copy") == []
+
+
+def test_a_key_encrypts_what_is_kept(
+    chat: Run, run: Run, assert_refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVRAG_STORE_KEY", "ab" * 32)
+    first = chat([SECRET], *SHORT, "--session", "jane", "--archive")
+    assert (first.status, first.err) == (0, "")
+    raw = b"".join(f.read_bytes() for f in Path(".kvrag").rglob("*") if f.is_file())
+    assert b"juniper" not in raw
+    assert b"jane" not in raw
+    assert chat(["/undo"], "--session", "jane").status == 0
+    assert chat([SECRET], *SHORT, "--session", "jane", "--archive").status == 0
+    assert [one["name"] for one in run("sessions", "--json").object["sessions"]] == ["jane"]
+    monkeypatch.setenv("KVRAG_STORE_KEY", "cd" * 32)
+    assert_refused(run("sessions"), "is encrypted with the key")
+    assert_refused(chat([SAID[0]], "--session", "jane"), "is encrypted with the key")
+    monkeypatch.delenv("KVRAG_STORE_KEY")
+    assert_refused(run("sessions"), "open it with the key that it was saved with")
+    monkeypatch.setenv("KVRAG_STORE_KEY", "ab" * 32)
+    assert run("sessions", "--rm", "jane").status == 0
+    assert archived() == {}
+
+
+def test_tenants_have_conversations_of_their_own(
+    chat: Run, run: Run, assert_refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_refused(chat([SAID[0]], *SHORT, "--tenant", "acme"), "KVRAG_TENANT_KEY is not")
+    assert_refused(run("sessions", "--tenant", "acme"), "KVRAG_TENANT_KEY is not")
+    assert chat(SAID[:2], *SHORT, "--session", "jane").status == 0
+    monkeypatch.setenv("KVRAG_TENANT_KEY", "ab" * 32)
+    acme = ("--tenant", "acme")
+    assert_refused(run("sessions"), "--tenant is not")
+    assert run("sessions", *acme, "--json").object["sessions"] == []
+    assert chat([SAID[0]], *SHORT, *acme, "--session", "jane", "--archive").status == 0
+    (one,) = run("sessions", *acme, "--json").object["sessions"]
+    assert (one["name"], one["num_turns"]) == ("jane", 1)
+    assert_refused(run("sessions", *acme, "--rm", "bob"), "no session is called bob")
+    assert run("sessions", *acme, "--rm", "jane").status == 0
+    monkeypatch.delenv("KVRAG_TENANT_KEY")
+    (one,) = run("sessions", "--json").object["sessions"]
+    assert (one["name"], one["num_turns"]) == ("jane", 2)
+
+
+def test_what_cannot_be_done(chat: Run, run: Run, assert_refused: Refused) -> None:
     assert_refused(chat(["/bogus"], *SHORT), "there is no /bogus; /help")
     assert_refused(chat(["/undo"], *SHORT), "can take back 0")
     assert_refused(chat(["/undo x"], *SHORT), "takes a number of turns")
@@ -157,8 +261,8 @@ def test_what_cannot_be_done(chat: Run, run: Run, assert_refused: Refused, monke
     assert_refused(refused, "the session 'jane' was made with memory")
     assert_refused(chat([], "--session", "jane", "--system", "Hi"), "was made with system prompt None")
     assert_refused(chat([], "--session", " "), "name of a session is empty")
-    monkeypatch.setenv("KVRAG_STORE_KEY", "ab" * 32)
-    assert_refused(chat([], *SHORT), "not encrypted")
+    assert_refused(chat([], *SHORT, "--archive"), "name it with --session NAME")
+    assert_refused(chat([], "--load", "nowhere", "--session", "bob", "--archive"), "leave the others out")
 
 
 def test_one_process_at_a_time_has_a_session(chat: Run, assert_refused: Refused) -> None:

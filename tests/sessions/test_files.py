@@ -22,6 +22,7 @@ from kvrag.memory.full import Full
 from kvrag.memory.ladder import Ladder
 from kvrag.memory.window import Window
 from kvrag.sessions import file
+from kvrag.sessions.vault import vault_of
 from kvrag.testing.models import tiny
 from kvrag.testing.rings import Ring
 
@@ -156,12 +157,20 @@ def saving(engine: Engine, session: Session, path: Path) -> Callable[[], None]:
     assert session._talk is not None
     talk = session._talk
     about = {"name": None, **session.settings.told()}
-    return lambda: file.save(path, talk, session.settings.policy, engine.model, about)
+    vault = vault_of(session.house.caches)
+    return lambda: file.save(path, talk, session.settings.policy, engine.model, about, vault)
 
 
-@every_policy
-def test_killed_at_every_step_of_saving(engine: Engine, tmp_path: Path, policy: MemoryPolicy) -> None:
+@pytest.mark.parametrize(
+    ("policy", "key"),
+    [*((policy, "") for policy in POLICIES), (Cascade(52), "ab" * 32)],
+    ids=[*(policy.name for policy in POLICIES), "encrypted"],
+)
+def test_killed_at_every_step_of_saving(
+    engine: Engine, tmp_path: Path, policy: MemoryPolicy, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The old session or the new one: with the logits of the one that was never interrupted."""
+    monkeypatch.setenv("KVRAG_STORE_KEY", key)
     path = tmp_path / "a.session"
     session = talked(engine, policy, 2)
     session.save(path)

@@ -326,6 +326,15 @@ def test_documents_are_pinned_and_come_from_the_store(engine: Engine, tmp_path: 
         assert "".join(expected) == first.text
         assert expected.answer is not None
         assert all(use.is_hit for use in expected.answer.documents)
+        for mine, theirs in zip(first.documents, expected.answer.documents, strict=True):
+            assert (mine.key, mine.num_tokens, mine.is_hit) == (theirs.key, theirs.num_tokens, False)
+            assert mine.mass == pytest.approx(theirs.mass, abs=1e-4)
+            assert mine.focus == pytest.approx(theirs.focus, abs=1e-4)
+            assert 0 < mine.question_mass < 1
+        second = session.send(SAID[1], sampling=SHORT)
+        assert all(use.is_hit for use in second.documents)
+        assert (memory(first).pinned_read > 0, memory(second).pinned_read) == (True, 0)
+        session.undo()
         logits = session.logits(SAID[2])
     with Engine(engine.model, tmp_path / "store", pass_tokens=16, recompute="never") as kept:
         other = kept.session(Window(48), documents=documents)

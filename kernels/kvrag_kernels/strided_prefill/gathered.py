@@ -11,6 +11,7 @@ the same without one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ class _Stride:
     def _largest(self) -> float:
         """No exponent's magnitude is larger (Cauchy and Schwarz)."""
         query, keys = (float(x.square().sum(-1).amax()) for x in (self.query, self.keys))
-        return (query * keys) ** 0.5
+        return math.sqrt(query * keys)
 
     def blocks(self) -> Iterator[tuple[int, _Block]]:
         """Heads and blocks of query rows whose probabilities fit into the room."""

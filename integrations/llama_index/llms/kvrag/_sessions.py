@@ -37,6 +37,14 @@ class InSessions(BaseModel):
         default_factory=dict,
         description="More arguments of kvrag.Engine.sessions, such as system, documents or budget_bytes.",
     )
+    session_archive: Any = Field(
+        default=None,
+        description=(
+            "Where all that sessions say is kept, to come back when it is needed: a folder (of its own) or "
+            "address of a Chroma database, or what kvrag.Engine.archive gives; None: what is forgotten is "
+            "lost."
+        ),
+    )
 
     _chats: Chats | None = PrivateAttr(default=None)
 
@@ -45,7 +53,7 @@ class InSessions(BaseModel):
         """The engine."""
         raise NotImplementedError
 
-    @field_serializer("session", "sessions", "memory")
+    @field_serializer("session", "sessions", "memory", "session_archive")
     def _serialize_session(self, value: Any) -> str | None:
         return None if value is None else value if isinstance(value, str) else str(value)
 
@@ -60,6 +68,7 @@ class InSessions(BaseModel):
             memory=self.memory,
             budget=self.memory_budget,
             options=self.session_options,
+            archive=self.session_archive,
         )
         holder = getattr(self, "_share", None)
         self._chats = chats_of(self._chats, self.running, settings, self.session, holder)

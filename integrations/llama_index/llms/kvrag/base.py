@@ -28,7 +28,7 @@ from llama_index.core.llms.llm import ToolSelection
 from kvrag import Answer, ConfigError, InputError, Policy, Sampling, Session
 from kvrag.calling import CallWatch
 from kvrag.focus.policy import preset
-from kvrag.sessions.session import History
+from kvrag.sessions.asking import History
 from llama_index.llms.kvrag._asked import Asked
 from llama_index.llms.kvrag._engine import EngineFields
 from llama_index.llms.kvrag._hints import RETRIEVED, serve
