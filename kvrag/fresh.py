@@ -73,6 +73,28 @@ class FreshRows:
             raise ValueError(f"nothing was read in layer {layer}")
         return buffers
 
+    @staticmethod
+    def together(several: Sequence[FreshRows], num_rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Let requests' rows lie in common buffers with room for at least so many more rows of each.
+
+        Returns:
+            Per layer, keys [B, K, room, D] and values [B, K, room, Dv], of which each request has its part.
+        """
+        if len(several) == 1:
+            several[0].hold(num_rows)
+            return [several[0].held(layer) for layer in range(len(several[0]._counts))]
+        found = []
+        for layer in range(len(several[0]._counts)):
+            rows = [fresh.rows(layer) for fresh in several]
+            room = max(keys.shape[2] for keys, _ in rows) + num_rows
+            buffers = [x.new_empty((len(rows), x.shape[1], room, x.shape[3])) for x in rows[0]]
+            for i, (fresh, own) in enumerate(zip(several, rows, strict=True)):
+                for buffer, x in zip(buffers, own, strict=True):
+                    buffer[i, :, : x.shape[2]] = x[0]
+                fresh._buffers[layer] = (buffers[0][i : i + 1], buffers[1][i : i + 1])
+            found.append((buffers[0], buffers[1]))
+        return found
+
     def took(self, position: int) -> None:
         """Count a row that was written to the buffers of all layers."""
         self._counts = [count + 1 for count in self._counts]

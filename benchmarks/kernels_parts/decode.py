@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from kernels_parts.clock import turns
-from kernels_parts.limits import dtype_of, limits
+from kernels_parts.limits import dtype_of, limits, weight_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag.fresh import FreshRows
@@ -79,10 +79,12 @@ class Answer:
 
         texts = [KV((5,) * tokens, tuple(rows() for _ in model.specs)) for _ in range(documents)]
         self.table = SegmentTable(tuple(Segment(kv, i * tokens, document=i) for i, kv in enumerate(texts)))
-        self.num_bytes = sum(kv.num_bytes for kv in texts) + _weights(model)
+        self.num_bytes = sum(kv.num_bytes for kv in texts) + weight_bytes(model.network, 1)
         self._end = documents * tokens
         self.apart, self.run = self._prompt(), self._prompt().behind(self.table, model.specs)
-        self.step = DecodeStep(model, self.table, self._prompt()) if model.device.type == "cuda" else None
+        self.replays = self._prompt()
+        on_gpu = model.device.type == "cuda"
+        self.step = DecodeStep(model, [self.table], [self.replays]) if on_gpu else None
 
     def _prompt(self) -> FreshRows:
         fresh = FreshRows(self.model.num_layers)
@@ -100,19 +102,12 @@ class Answer:
     def replayed(self) -> object:
         """A step from a CUDA graph; at one place again and again, so that its room never ends."""
         assert self.step is not None
-        found = self.step.read(5, self._end + 3)
-        self.step.fresh.cut(3)
+        found = self.step.read([5], [self._end + 3])
+        self.replays.cut(3)
         return found
 
 
-def _weights(model: Model) -> int:
-    """Bytes that a step reads: all but the table of embeddings, of which it reads one row."""
-    embeddings = model.network.get_input_embeddings().weight
-    tied = embeddings is model.network.get_output_embeddings().weight
-    return sum(p.nbytes for p in model.network.parameters()) - (0 if tied else embeddings.nbytes)
-
-
-def _products(model: Model) -> Callable[[], object]:
+def products(model: Model) -> Callable[[], object]:
     """Every matrix of the model times one row, and nothing else."""
     layers = [m for m in model.network.modules() if isinstance(m, torch.nn.Linear)]
     inputs = [torch.randn(1, layer.in_features, device=model.device, dtype=model.dtype) for layer in layers]
@@ -143,12 +138,12 @@ def _measured(model: Model, documents: int, tokens: int, device: torch.device, s
     sides: dict[str, Callable[[], object]] = {
         "segments": answer.over_segments,
         "run": answer.over_one_run,
-        "products": _products(model),
+        "products": products(model),
     }
     if answer.step is not None:
         sides["replayed"] = answer.replayed
     found = turns(sides, device, repeat=2 if small else 15)
-    weights = _weights(model)
+    weights = weight_bytes(model.network, 1)
     rate = limits(device, small).copy if device.type == "cuda" else weights / found["products"]
     floor = answer.num_bytes / rate
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from kernels_parts.clock import seconds
@@ -33,6 +34,24 @@ class Limits:
 def dtype_of(device: torch.device) -> torch.dtype:
     """The element type that is measured: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def weight_bytes(network: Any, num_tokens: int) -> int:
+    """Bytes of weights that a pass over so many tokens has to read.
+
+    Every matrix once, and of the table of embeddings one row per token; a head that shares the table
+    multiplies by all of it, so there it counts as a matrix.
+
+    Args:
+        network: a transformers model.
+        num_tokens: of the pass.
+    """
+    table = network.get_input_embeddings().weight
+    head = network.get_output_embeddings()
+    every = sum(parameter.nbytes for parameter in network.parameters())
+    if head is not None and head.weight is table:
+        return every
+    return every - table.nbytes + min(num_tokens, len(table)) * table[0].nbytes
 
 
 @cache
