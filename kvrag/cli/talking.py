@@ -13,7 +13,7 @@ from kvrag.conversations import Conversations
 from kvrag.engine import Engine
 from kvrag.errors import EngineClosed, GenerationCancelled, InputError, KVRagError
 from kvrag.sessions.session import Session
-from kvrag.terminal import print_spans, size, stderr, stdout
+from kvrag.terminal import count, print_spans, size, stderr, stdout, tell
 
 PROMPT = "> "
 
@@ -65,7 +65,7 @@ class Conversation:
             except KVRagError as error:
                 if not self._is_shown:
                     raise
-                stderr().print(f"error: {error}")
+                tell("error", str(error))
             if self._is_over:
                 break
 
@@ -151,7 +151,8 @@ class Conversation:
             raise InputError(f"/undo takes a number of turns, not {number!r}")
         self._session.undo(int(number or 1))
         self._write()
-        self._say(f"took back {number or 1}; {self._session.num_turns} turns are left")
+        left = self._session.num_turns
+        self._say(f"took back {number or 1}; {count(left, 'turn')} {'is' if left == 1 else 'are'} left")
 
     def _forgotten(self, _: str) -> None:
         spans = self._session.forgotten()
@@ -201,7 +202,8 @@ class Conversation:
         limit = "no limit" if policy.budget is None else f"at most {policy.budget} tokens a head"
         self._say(f"memory: {policy.name}, {limit}; takes {size(session.num_bytes)}")
         self._say(
-            f"said: {said} tokens in {session.num_turns} turns; {said - lost} are still remembered somewhere"
+            f"said: {count(said, 'token')} in {count(session.num_turns, 'turn')}; "
+            f"{said - lost:,} are still remembered somewhere"
         )
 
     def _help(self, _: str) -> None:
