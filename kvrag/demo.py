@@ -6,14 +6,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from kvrag.baseline import OrdinaryAnswer, ordinary_answer
@@ -24,10 +23,11 @@ from kvrag.engine import Engine
 from kvrag.home import Home, ingest
 from kvrag.model import READER
 from kvrag.prompt import RagPrompt
-from kvrag.rag import Reply, ask
+from kvrag.rag import Asked, Reply, ask
 from kvrag.reader.collection import DemoQuestion
 from kvrag.reader.collection import documents as demo_documents
 from kvrag.reader.collection import questions as demo_questions
+from kvrag.terminal import count, loading, progress_bar, stderr
 
 _SHOWN = 3
 
@@ -92,7 +92,8 @@ def run(
     out = Console(highlight=False, quiet=as_json, markup=False, emoji=False)
     with _folder(folder) as path:
         home = Home(path)
-        engine = Engine.from_pretrained(model or READER, store=home.store(), device=device, dtype=dtype)
+        with loading(model or READER):
+            engine = Engine.from_pretrained(model or READER, store=home.store(), device=device, dtype=dtype)
         with engine:
             out.print(_conditions(engine))
             _ingest(home, engine, num_documents, out, by_paragraph=by_paragraph)
@@ -121,24 +122,16 @@ def _folder(folder: Path | None) -> Iterator[Path]:
 
 def _conditions(engine: Engine) -> str:
     model = engine.model
-    count = sum(p.numel() for p in model.network.parameters())
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return f"{model.name}: {count / 1e6:.1f}M parameters, {model.dtype}, {model.device}{threads}"
+    parameters = sum(p.numel() for p in model.network.parameters())
+    threads = f", {count(torch.get_num_threads(), 'thread')}" if model.device.type == "cpu" else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.name}: {parameters / 1e6:.1f}M parameters, {dtype}, {model.device}{threads}"
 
 
 def _ingest(home: Home, engine: Engine, num_documents: int, out: Console, *, by_paragraph: bool) -> None:
     texts = [Document(d.text, d.title) for d in demo_documents(num=num_documents)]
-    columns = (TextColumn("reading documents once"), BarColumn(), MofNCompleteColumn())
-    err = Console(stderr=True)
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        report = ingest(
-            home,
-            engine,
-            texts,
-            by_paragraph=by_paragraph,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with progress_bar("reading documents once") as progress:
+        report = ingest(home, engine, texts, by_paragraph=by_paragraph, progress=progress)
     stats = home.store().stats()
     out.print(
         f"{len(texts)} documents in {len(report.ids)} chunks; {report.added} read now, "
@@ -150,21 +143,32 @@ def _ask_all(
     engine: Engine, corpus: Corpus, form: RagPrompt, questions: list[DemoQuestion], k: int, out: Console
 ) -> Iterator[Row]:
     sampling = Sampling(max_new_tokens=64)
-    _warm_up(engine, corpus, form, k)
-    for number, question in enumerate(questions):
+
+    def both_ways(question: DemoQuestion, *, is_shown: bool) -> Row:
         asked = ask(engine, corpus, question.question, k=k, form=form, sampling=sampling)
-        shown = number < _SHOWN
-        if shown:
-            out.print(question.question, style="bold")
-        for piece in asked:
-            if shown:
-                out.print(piece, end="", soft_wrap=True)
-        reply = asked.reply()
-        if shown:
-            _print_sources(reply, out)
-        prompt = reply.answer.plan.tokens
-        ordinary = engine.call(lambda prompt=prompt: ordinary_answer(engine.model, prompt, sampling))  # type: ignore[misc]
-        yield _row(question, reply, ordinary)
+        reply = _show(question, asked, out) if is_shown else asked.reply()
+        with stderr().status("the same with full prefill") if is_shown else nullcontext():
+            ordinary = engine.call(lambda: ordinary_answer(engine.model, reply.answer.plan.tokens, sampling))
+        return _row(question, reply, ordinary)
+
+    with stderr().status("warming up"):
+        _warm_up(engine, corpus, form, k)
+    for question in questions[:_SHOWN]:
+        yield both_ways(question, is_shown=True)
+    with progress_bar("asking the others") as progress:
+        for number, question in enumerate(questions[_SHOWN:]):
+            progress(number, len(questions) - _SHOWN)
+            yield both_ways(question, is_shown=False)
+
+
+def _show(question: DemoQuestion, asked: Asked, out: Console) -> Reply:
+    """An answer as it is written, and what it rests on."""
+    out.print(question.question, style="bold")
+    for piece in asked:
+        out.print(piece, end="", soft_wrap=True)
+    reply = asked.reply()
+    _print_sources(reply, out)
+    return reply
 
 
 def _warm_up(engine: Engine, corpus: Corpus, form: RagPrompt, k: int) -> None:

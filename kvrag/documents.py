@@ -57,20 +57,37 @@ def load(paths: Iterable[str | Path]) -> Iterator[Document]:
             raise InputError(f"{path}: cannot read this type of file; expected {', '.join(sorted(_READERS))}")
 
 
+def passed_over(paths: Iterable[str | Path]) -> list[Path]:
+    """Files in folders that `load` leaves out because of their type; hidden ones are not counted."""
+    folders = [path for path in map(Path, paths) if path.is_dir()]
+    return [file for folder in folders for file in _all_files(folder) if file.suffix.lower() not in _READERS]
+
+
 def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
+    return (path for path in _all_files(folder) if path.suffix.lower() in _READERS)
+
+
+def _all_files(folder: Path) -> Iterator[Path]:
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in inside:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _files(path)
-        elif path.suffix.lower() in _READERS:
+            yield from _all_files(path)
+        else:
             yield path
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in raw:
+            raise InputError(f"{path}: this is no text, whatever its name says; leave it out") from error
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8"
         ) from error

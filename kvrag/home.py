@@ -97,6 +97,7 @@ class Home:
         self.path = Path(path)
         self.tenant = tenant
         self._chroma = chroma
+        self._named = collection
         self._collection = f"{collection}-{tenant.digest}" if tenant else collection
         self._chosen: dict[str, Any] = {}
 
@@ -190,6 +191,19 @@ class Home:
     def has_collection(self) -> bool:
         """Whether the collection is there."""
         return Index.exists(self._database(), self._collection)
+
+    def must_exist(self) -> None:
+        """See to it that there is something to work on.
+
+        Raises:
+            InputError: nothing was ingested here, or there is no such collection.
+        """
+        self.settings()
+        if not self.has_collection():
+            raise InputError(
+                f"there is no collection {self._named!r} in {self.path}; run: kvrag ingest PATH, "
+                "or name another with --collection"
+            )
 
     def archive_index(self, *, embedding: Embedding | None = None) -> Index:
         """The collection of what chats have said; a new one gets this embedding, or the default.

@@ -100,6 +100,8 @@ class Model:
         from kvrag import reader  # noqa: PLC0415 - only this name needs it
 
         source = str(reader.path()) if str(name) == READER else str(name)
+        if _is_path(source) and not Path(source).exists():
+            raise ConfigError(f"model {source!r} could not be loaded: there is no such folder")
         where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = _dtype(dtype, where)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -226,6 +228,11 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
     return found
+
+
+def _is_path(name: str) -> bool:
+    """Whether this can only be a folder: names on a hub are `name` or `owner/name`."""
+    return name.startswith(("/", "~", ".")) or name.count("/") > 1
 
 
 def _unloadable(name: str | Path, error: Exception) -> ConfigError:

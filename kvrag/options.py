@@ -15,20 +15,33 @@ if TYPE_CHECKING:
     from kvrag.store.tenants import Tenant
 
 HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Folder of collection and caches [KVRAG_HOME, else ./.kvrag].")
+    Path | None,
+    typer.Option(
+        "--home", help="Folder of collection and caches [KVRAG_HOME, else ./.kvrag].", metavar="FOLDER"
+    ),
 ]
 ChromaOption = Annotated[
-    str | None, typer.Option("--chroma", help="Address of a Chroma server, http://localhost:8000.")
+    str | None,
+    typer.Option("--chroma", help="Address of a Chroma server: http://localhost:8000.", metavar="URL"),
 ]
-CollectionOption = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
+CollectionOption = Annotated[
+    str, typer.Option("--collection", help="Name of the collection.", metavar="NAME")
+]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Folder or hub name of a model [the one used last; kvrag/reader]."),
+    typer.Option(
+        "--model",
+        help="Folder or hub name of a model [the one used last, else kvrag/reader].",
+        metavar="MODEL",
+    ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, ... [the GPU if there is one].")
+    str | None,
+    typer.Option("--device", help="cpu, cuda, ... [the GPU if there is one].", metavar="DEVICE"),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", metavar="DTYPE")
+]
 TenantOption = Annotated[
     str | None,
     typer.Option(
@@ -39,29 +52,56 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on sta
 
 
 PathsArgument = Annotated[
-    list[Path], typer.Argument(help="Files or folders: .txt .md .pdf .jsonl", show_default=False)
+    list[Path],
+    typer.Argument(help="Files or folders: .txt .md .pdf .jsonl", show_default=False, metavar="PATH"),
 ]
 NamesArgument = Annotated[
-    list[str], typer.Argument(help="Ids of chunks, sources, or files.", show_default=False)
+    list[str],
+    typer.Argument(
+        help="Ids of chunks, sources, or files; kvrag ls shows them.", show_default=False, metavar="NAME"
+    ),
 ]
-ChunkTokensOption = Annotated[int, typer.Option("--chunk-tokens", help="Longest chunk, in tokens.", min=1)]
+ChunkTokensOption = Annotated[
+    int, typer.Option("--chunk-tokens", help="Longest chunk, in tokens.", min=1, metavar="NUMBER")
+]
 ByParagraphOption = Annotated[bool, typer.Option("--by-paragraph", help="Make each paragraph a chunk.")]
 ContextOption = Annotated[
     str | None,
     typer.Option(
         "--context",
         help="Encode each chunk behind: before (the parts before it), similar:2, or alone. "
-        "before/1024: at most so many tokens [as it was; before].",
+        "before/1024: at most so many tokens [as so far, at first before].",
         show_default=False,
+        metavar="CONTEXT",
     ),
 ]
 TtlOption = Annotated[
     str | None,
-    typer.Option("--ttl", help="Time to live of caches: 30d, 12h, 90m; never [as before].", metavar="TIME"),
+    typer.Option("--ttl", help="Time to live of caches: 30d, 12h, 90m; never [as so far].", metavar="TIME"),
 ]
 BudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", help="Most bytes of all caches: 20GB, 500MB; none [as before].", metavar="SIZE"),
+    typer.Option("--budget", help="Most bytes of all caches: 20GB, 500MB; none [as so far].", metavar="SIZE"),
+]
+CodecOption = Annotated[
+    str | None,
+    typer.Option(
+        "--codec",
+        help="How caches are written: raw, fp8, int8 or int4 [as so far, at first raw]; auto: what --max-kl "
+        "allows, measured once for a model.",
+        metavar="CODEC",
+    ),
+]
+LongestOption = Annotated[
+    int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.", min=1, metavar="NUMBER")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option("--temperature", help="0 always takes the likeliest token.", min=0.0, metavar="NUMBER"),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", help="Makes answers above temperature 0 repeatable.", metavar="NUMBER"),
 ]
 PinOption = Annotated[bool, typer.Option("--pin", help="Never evict the caches of these documents.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]

@@ -113,8 +113,8 @@ class DecodeStep:
         found = []
         for i, (fresh, table) in enumerate(zip(self._several, self._tables, strict=True)):
             fresh.took(positions[i])
-            seen = (x[:, i, : len(table), None] for x in (mass, focus))
-            found.append(Read(logits[i], *seen, {}))
+            own = slice(len(table))
+            found.append(Read(logits[i], mass[:, i, own, None], focus[:, i, own, None], {}))
         return found
 
     def _run(self) -> None:

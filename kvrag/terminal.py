@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len
@@ -22,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+from rich.theme import Theme
 
 if TYPE_CHECKING:  # help texts must not wait for torch
     from kvrag.rag import Reply, Source
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # help texts must not wait for torch
 _BAR = 10
 # To be read on light and on dark terminals: no yellow, no cyan, no blue.
 _COLOURS = {"error": "bold red", "warning": "bold magenta", "note": "bold"}
+_BARS = Theme({"progress.remaining": "none", "progress.download": "none", "progress.data.speed": "none"})
 
 
 def stdout() -> Console:
@@ -39,7 +42,13 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     """Standard error."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, theme=_BARS)
+
+
+def loading(model: str) -> AbstractContextManager[Any]:
+    """A line on terminals while a model is loaded; one of a hub may have to come over the network first."""
+    is_here = model == "kvrag/reader" or Path(model).exists()
+    return stderr().status(f"loading {model}" + ("" if is_here else ", from its hub if it is not here yet"))
 
 
 def tell(kind: Literal["error", "warning", "note"], message: str) -> None:
@@ -59,13 +68,13 @@ def count(number: int, what: str) -> str:
 
 
 def print_rows(header: tuple[str, str, str], rows: list[tuple[str, str, str]]) -> None:
-    """Lines no wider than the terminal: the first column whole, the others cut to what is left."""
+    """Lines no wider than the terminal: the first column whole, the others cut, the second at its front."""
     out = stdout()
     first = max(cell_len(row[0]) for row in [header, *rows])
     left = max(24, out.width - first - 4)
     second = min(left // 2, max(cell_len(row[1]) for row in [header, *rows]))
     for number, row in enumerate([header, *rows]):
-        cells = (_cut(text, width) for text, width in zip(row, (first, second, left - second), strict=True))
+        cells = (_cut(row[0], first), _cut(_cut_front(row[1], second), second), _cut(row[2], left - second))
         out.print("  ".join(cells).rstrip(), style=None if number else "bold")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
-from kvrag.documents import load, split
+from kvrag.documents import load, passed_over, split
 from kvrag.errors import ConfigError, InputError, MissingExtra
 
 
@@ -48,6 +48,7 @@ def test_folders_are_read_sorted_and_recursively(tmp_path: Path) -> None:
     found = list(load([tmp_path]))
     assert [d.text for d in found] == ["A", "# B", "C"]
     assert [Path(d.source).name for d in found] == ["a.txt", "b.md", "C.MARKDOWN"]
+    assert passed_over([tmp_path, tmp_path / "z.bin"]) == [tmp_path / "z.bin"]  # named itself, it is refused
 
 
 def test_text_is_kept_as_it_is(tmp_path: Path) -> None:

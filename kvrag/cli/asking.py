@@ -16,7 +16,10 @@ from kvrag.options import (
     DtypeOption,
     HomeOption,
     JsonOption,
+    LongestOption,
     ModelOption,
+    SeedOption,
+    TemperatureOption,
     TenantOption,
     check_layers,
     parse_keep,
@@ -29,8 +32,8 @@ POLICIES = "plain, cachefocus, naive, pcw, ape, epic, cacheblend, query-driven"
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
-    k: Annotated[int, typer.Option("-k", help="Chunks to retrieve.", min=1)] = 4,
+    question: Annotated[str, typer.Argument(help="The question.", show_default=False, metavar="QUESTION")],
+    k: Annotated[int, typer.Option("-k", help="Chunks to retrieve.", min=1, metavar="NUMBER")] = 4,
     model: ModelOption = None,
     folder: HomeOption = None,
     chroma: ChromaOption = None,
@@ -38,10 +41,12 @@ def ask(
     tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    policy: Annotated[str, typer.Option(help=f"What is done with the documents: {POLICIES}.")] = "plain",
+    max_new_tokens: LongestOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    policy: Annotated[
+        str, typer.Option(help=f"What is done with the documents: {POLICIES}.", metavar="POLICY")
+    ] = "plain",
     keep: Annotated[
         str | None,
         typer.Option(help="Prune until so many documents are left: 4, or 0.5 for half.", metavar="NUMBER"),
@@ -51,7 +56,8 @@ def ask(
         typer.Option(help="Prune by these layers' attention; kvrag doctor names them.", metavar="1,2,..."),
     ] = None,
     rows: Annotated[
-        Literal["question", "last"], typer.Option(help="Prune by the attention of these rows.")
+        Literal["question", "last"],
+        typer.Option(help="Prune by the attention of the whole question, or of its last row."),
     ] = "question",
     nearness: Annotated[
         float | None,
@@ -60,13 +66,14 @@ def ask(
         ),
     ] = None,
     repair: Annotated[
-        float | None, typer.Option(help="Share of the documents to read again.", metavar="SHARE")
+        float | None,
+        typer.Option(help="Share of the documents' rows to read again, 0 to 1.", metavar="SHARE"),
     ] = None,
     max_risk: Annotated[
         float | None,
-        typer.Option(help="Read the documents in full if the risk is above, 0 to 1.", metavar="RISK"),
+        typer.Option(help="Read the documents in full if the risk is above this, 0 to 1.", metavar="RISK"),
     ] = None,
-    spans: Annotated[bool, typer.Option("--spans", help="Show the strongest place in documents.")] = False,
+    spans: Annotated[bool, typer.Option("--spans", help="Quote what was looked at most.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show which parts of the prompt were read.")] = False,
     trace: Annotated[
         bool, typer.Option("--trace", help="Show where each document's rows came from, and why.")
@@ -95,7 +102,7 @@ def ask(
         spans=spans,
     )
     place = open_home(folder, chroma, collection, tenant)
-    place.settings()
+    place.must_exist()
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     out = stdout()
     with load_engine(place, model, device, dtype) as engine, place.corpus(engine) as corpus:

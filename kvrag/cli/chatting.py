@@ -13,7 +13,17 @@ import typer
 from kvrag.cli.opening import load_engine, open_home, warn_of_reader
 from kvrag.config import Sampling
 from kvrag.errors import InputError
-from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption, TenantOption
+from kvrag.options import (
+    DeviceOption,
+    DtypeOption,
+    HomeOption,
+    JsonOption,
+    LongestOption,
+    ModelOption,
+    SeedOption,
+    TemperatureOption,
+    TenantOption,
+)
 from kvrag.terminal import print_json, print_table, size, stdout
 
 # Written out, since help must not wait for torch; a test compares them with what there is.
@@ -24,28 +34,39 @@ FOLDER = "sessions"
 def chat(
     session: Annotated[
         str | None,
-        typer.Option("--session", help="Keep the conversation under this name, or go on with it."),
+        typer.Option(
+            "--session", help="Keep the conversation under this name, or go on with it.", metavar="NAME"
+        ),
     ] = None,
     load: Annotated[
         Path | None, typer.Option("--load", help="Go on from a file that /save wrote.", metavar="FILE")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help=f"What stays in memory: {MEMORIES} [cascade].")
+        str | None,
+        typer.Option("--memory", help=f"What stays in memory: {MEMORIES} [cascade].", metavar="MEMORY"),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", help="How much: tokens, 4096, or bytes, 512MB [4096].", metavar="SIZE"),
+        typer.Option("--budget", help="How much stays: 4096 tokens, or 512MB [4096].", metavar="SIZE"),
     ] = None,
     sub_caches: Annotated[
-        int | None, typer.Option("--sub-caches", help="Of cascade and combined [4].", min=1)
+        int | None,
+        typer.Option(
+            "--sub-caches", help="Windows in a row, of cascade and combined [4].", min=1, metavar="NUMBER"
+        ),
     ] = None,
     span: Annotated[
-        int | None, typer.Option("--span", help="Layers that keep a place, of ladder and combined.", min=1)
+        int | None,
+        typer.Option(
+            "--span", help="Layers that keep a place, of ladder and combined.", min=1, metavar="NUMBER"
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="What the model is told first.", metavar="TEXT")
+    ] = None,
     document: Annotated[
         list[Path] | None,
-        typer.Option("--document", help="A file that is always in memory; may be repeated."),
+        typer.Option("--document", help="A file that is always in memory; may be repeated.", metavar="FILE"),
     ] = None,
     archive: Annotated[
         bool,
@@ -56,16 +77,16 @@ def chat(
     tenant: TenantOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    max_new_tokens: LongestOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
 ) -> None:
     """Talk with a model that reads only what is new and keeps a memory that does not grow.
 
     One message a line, also from a pipe; /help says what else can be done. Ctrl-C stops an answer, and
     leaves when there is none.
 
-    Example: kvrag chat --session jane --model Qwen/Qwen2.5-7B-Instruct --budget 512MB
+    Example: kvrag chat --session jane --budget 512MB
     """
     from kvrag.cli.talking import Conversation  # noqa: PLC0415 - help texts must not wait for torch
 
@@ -123,7 +144,8 @@ def _policy(engine: Any, name: str | None, budget: str | None, settings: dict[st
 
 def sessions(
     rm: Annotated[
-        list[str] | None, typer.Option("--rm", help="Remove this conversation; may be repeated.")
+        list[str] | None,
+        typer.Option("--rm", help="Remove this conversation; may be repeated.", metavar="NAME"),
     ] = None,
     folder: HomeOption = None,
     tenant: TenantOption = None,

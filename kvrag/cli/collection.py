@@ -39,7 +39,7 @@ def list_documents(
     Example: kvrag ls --json
     """
     place = open_home(folder, chroma, collection, tenant)
-    place.settings()
+    place.must_exist()
     with place.corpus() as corpus:
         records = sorted(corpus.documents(), key=lambda r: (str(r.metadata.get("source", "")), r.id))
     if as_json:
@@ -66,7 +66,7 @@ def rm(
     Example: kvrag rm notes/old.md --receipt erased.json
     """
     place = open_home(folder, chroma, collection, tenant)
-    place.settings()
+    place.must_exist()
     if receipt is not None and receipt.exists():
         raise InputError(f"{receipt} exists; receipts are never overwritten: choose another name")
     with place.corpus() as corpus:
@@ -106,7 +106,9 @@ def _print_deletion(deletion: Any, *, is_overwritten: bool) -> None:
     where = (
         "and overwritten in Chroma's file" if is_overwritten else "and Chroma may hold their bytes a while"
     )
-    out.print(f"  collection {deletion.collection}: {len(deletion.ids)} texts with metadata, {where}")
+    out.print(
+        f"  collection {deletion.collection}: {count(len(deletion.ids), 'text')} with metadata, {where}"
+    )
     for entry in deletion.entries[:_SHOWN]:
         for place in entry.erased:
             out.print(f"  {place.replace(entry.key_id, entry.key_id[:12] + '…')}")
@@ -128,6 +130,7 @@ def stats(
     Example: kvrag stats
     """
     place = open_home(folder, chroma, collection, tenant)
+    place.must_exist()
     settings = place.settings()
     with place.corpus() as corpus:
         counts = corpus.stats()
@@ -182,7 +185,7 @@ def reconcile(
     Example: kvrag reconcile
     """
     place = open_home(folder, chroma, collection, tenant)
-    place.settings()
+    place.must_exist()
     with (
         load_engine(place, model, device, dtype) as engine,
         place.corpus(engine) as corpus,

@@ -11,15 +11,21 @@ import typer
 from kvrag.cli.opening import store_folder
 from kvrag.config import home
 from kvrag.options import DeviceOption, DtypeOption, HomeOption, JsonOption, ModelOption
-from kvrag.terminal import print_json, progress_bar, stderr, stdout
+from kvrag.terminal import loading, print_json, progress_bar, stdout
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a model.")] = "kvrag/reader",
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub name of a model.", metavar="MODEL")
+    ] = "kvrag/reader",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    questions: Annotated[int, typer.Option(help="Questions to compare policies on.", min=1)] = 8,
-    max_kl: Annotated[float, typer.Option(help="What a codec may lose, in nats.", min=0.0)] = 0.01,
+    questions: Annotated[
+        int, typer.Option(help="Questions to compare policies on.", min=1, metavar="NUMBER")
+    ] = 8,
+    max_kl: Annotated[
+        float, typer.Option(help="What a codec may lose, in nats.", min=0.0, metavar="NATS")
+    ] = 0.01,
     folder: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,7 +42,7 @@ def doctor(
 
     quiet()
     with store_folder(folder or home()) as store:
-        with stderr().status(f"loading {model}"):
+        with loading(model):
             engine = Engine.from_pretrained(model, store=store, device=device, dtype=dtype)
         with engine, progress_bar("examining") as progress:
             report = clinic.examine(engine, questions=questions, max_kl=max_kl, progress=progress)
@@ -50,13 +56,19 @@ def doctor(
 
 def demo(
     model: ModelOption = None,
-    documents: Annotated[int, typer.Option(help="Documents in the collection.", min=1)] = 40,
-    questions: Annotated[int, typer.Option(help="Questions to ask.", min=1)] = 20,
-    k: Annotated[int, typer.Option("-k", help="Chunks to retrieve for each question.", min=1)] = 8,
+    documents: Annotated[
+        int, typer.Option(help="Documents in the collection.", min=1, metavar="NUMBER")
+    ] = 40,
+    questions: Annotated[int, typer.Option(help="Questions to ask.", min=1, metavar="NUMBER")] = 20,
+    k: Annotated[
+        int, typer.Option("-k", help="Chunks to retrieve for each question.", min=1, metavar="NUMBER")
+    ] = 8,
     by_paragraph: Annotated[
         bool, typer.Option("--by-paragraph", help="Cut documents; their second part names nobody.")
     ] = False,
-    folder: Annotated[Path | None, typer.Option("--home", help="Keep collection and caches here.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--home", help="Keep collection and caches here.", metavar="FOLDER")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

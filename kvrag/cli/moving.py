@@ -22,7 +22,7 @@ from kvrag.terminal import bytes_bar, count, print_json, progress_bar, size, std
 
 
 def export(
-    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False, metavar="FILE")],
     sign: Annotated[
         Path | None, typer.Option("--sign", help="Sign it with this private key.", metavar="KEYFILE")
     ] = None,
@@ -79,7 +79,9 @@ def export(
 
 
 def import_file(
-    file: Annotated[Path, typer.Argument(help="A file that kvrag export wrote.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A file that kvrag export wrote.", show_default=False, metavar="FILE")
+    ],
     trust: Annotated[
         list[str] | None,
         typer.Option("--trust", help="Accept what this public key signed.", metavar="PUBLICKEY"),
@@ -158,7 +160,7 @@ def import_file(
 
 
 def keygen(
-    file: Annotated[Path, typer.Argument(help="The key's file.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The key's file.", show_default=False, metavar="FILE")],
     secret: Annotated[
         bool, typer.Option("--secret", help="A secret that encrypts: for stores, exports, tenants.")
     ] = False,

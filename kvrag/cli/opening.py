@@ -12,7 +12,9 @@ from typing import Any
 from kvrag.config import home
 from kvrag.errors import InputError
 from kvrag.options import parse_budget, parse_seconds, tenant_named
-from kvrag.terminal import stderr, tell
+from kvrag.terminal import count, loading, stderr, tell
+
+_READ = "kvrag reads .txt .md .pdf .jsonl"
 
 
 def open_home(folder: Path | None, chroma: str | None, collection: str, tenant: str | None = None) -> Any:
@@ -69,7 +71,7 @@ def load_engine(
 
     quiet()
     name = model or place.model()
-    with stderr().status(f"loading {name}"):
+    with loading(name):
         return Engine.from_pretrained(
             name,
             store=place.store(),
@@ -79,6 +81,24 @@ def load_engine(
             max_kl=max_kl,
             tenant=place.tenant,
         )
+
+
+def load_texts(paths: list[Path]) -> tuple[list[Any], list[Path]]:
+    """The documents of files and folders; and files in folders that are none, which a note tells.
+
+    Raises:
+        InputError: there is no text in them.
+    """
+    from kvrag import documents as files  # noqa: PLC0415
+
+    texts, others = list(files.load(paths)), files.passed_over(paths)
+    if others:
+        types = ", ".join(sorted({file.suffix.lower() or file.name for file in others})[:5])
+        were = "was" if len(others) == 1 else "were"
+        tell("note", f"{count(len(others), 'file')} ({types}) {were} passed over; {_READ}")
+    if not any(document.text.strip() for document in texts):
+        raise InputError(f"no text found in {', '.join(map(str, paths[:3]))}; {_READ}")
+    return texts, others
 
 
 def remember(place: Any, *, ttl: str | None = None, budget: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvrag.cli.opening import open_home
+from kvrag.cli.opening import load_texts, open_home
 from kvrag.options import (
     ByParagraphOption,
     ChunkTokensOption,
@@ -30,11 +30,13 @@ def size_up(
     dtype: DtypeOption = "auto",
     chunk_tokens: ChunkTokensOption = 512,
     by_paragraph: ByParagraphOption = False,
-    codec: Annotated[str, typer.Option(help="Reckon documents in raw, fp8, int8 or int4.")] = "raw",
+    codec: Annotated[
+        str, typer.Option(help="Reckon documents in raw, fp8, int8 or int4.", metavar="CODEC")
+    ] = "raw",
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the model and read a little, instead of estimating.")
     ] = False,
-    top: Annotated[int, typer.Option(help="How many documents to show.", min=0)] = 10,
+    top: Annotated[int, typer.Option(help="How many documents to show.", min=0, metavar="NUMBER")] = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Say how many bytes and minutes caches of these documents would take, and which are worth it.
@@ -44,16 +46,16 @@ def size_up(
 
     Example: kvrag size notes/ report.pdf --model Qwen/Qwen2.5-7B-Instruct
     """
-    from kvrag import documents as files  # noqa: PLC0415 - help texts must not wait for torch
-    from kvrag.model import quiet  # noqa: PLC0415
+    from kvrag.model import quiet  # noqa: PLC0415 - help texts must not wait for torch
     from kvrag.sizing import estimate_size  # noqa: PLC0415
 
     quiet()
     place = open_home(folder, None, "kvrag")
     name = model or place.model()
+    texts, _ = load_texts(paths)
     with stderr().status("reckoning"):
         report = estimate_size(
-            files.load(paths),
+            texts,
             model=name,
             dtype=dtype,
             device=device,

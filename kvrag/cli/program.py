@@ -6,26 +6,43 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from kvrag.cli import asking, chatting, collection, models, moving, planning, reading, upkeep
 from kvrag.errors import KVRagError
-from kvrag.terminal import stderr, tell
+from kvrag.terminal import stderr, stdout, tell
 
 # Typer brings a Click of its own or uses the one there is, depending on the version.
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Answers over your documents from prebuilt KV caches: each document is read once, at ingestion.\n\n"
-    'Example: kvrag ingest notes/, then kvrag ask "Who leads the project?"',
+    'Example: kvrag ingest notes/, then kvrag ask "Who leads the project?"\n\n'
+    "kvrag demo shows it on a made-up collection; kvrag COMMAND --help says more of each.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        stdout().print(f"kvrag {version('kvrag')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version)
+    ] = False,
+) -> None: ...
+
 
 # In the order of the help; its line of a command is cut at 80 columns, so some have a shorter one.
 _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvrag.cli.opening import fit_codec, load_engine, open_home, pin_entries, remember, warn_of_reader
+from kvrag.cli.opening import (
+    fit_codec,
+    load_engine,
+    load_texts,
+    open_home,
+    pin_entries,
+    remember,
+    warn_of_reader,
+)
 from kvrag.config import Context
 from kvrag.errors import InputError
 from kvrag.options import (
@@ -16,6 +24,7 @@ from kvrag.options import (
     ByParagraphOption,
     ChromaOption,
     ChunkTokensOption,
+    CodecOption,
     CollectionOption,
     ContextOption,
     DeviceOption,
@@ -44,19 +53,14 @@ def ingest(
     chunk_tokens: ChunkTokensOption = 512,
     by_paragraph: ByParagraphOption = False,
     context: ContextOption = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="How caches are written: raw, fp8, int8, int4, or auto: what --max-kl allows on sample "
-            "prompts, measured once for a model [as before; raw]."
-        ),
-    ] = None,
+    codec: CodecOption = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
             help="Take the smallest codec that loses at most so many nats on these documents; with --codec "
             "auto on sample prompts.",
             min=0.0,
+            metavar="NATS",
         ),
     ] = None,
     ttl: TtlOption = None,
@@ -71,7 +75,6 @@ def ingest(
 
     Example: kvrag ingest notes/ report.pdf --model Qwen/Qwen2.5-7B-Instruct
     """
-    from kvrag import documents as files  # noqa: PLC0415
     from kvrag import home as homes  # noqa: PLC0415
 
     if codec not in (None, "auto") and max_kl is not None:
@@ -81,7 +84,7 @@ def ingest(
     chosen = None if context is None else Context.parse(context)
     place = open_home(folder, chroma, collection, tenant)
     remember(place, ttl=ttl, budget=budget)
-    texts = list(files.load(paths))
+    texts, others = load_texts(paths)
     limit = max_kl if codec == "auto" else None
     with load_engine(place, model, device, dtype, codec=codec, max_kl=limit) as engine:
         warn_of_reader(engine, place)
@@ -110,6 +113,7 @@ def ingest(
         "chunks": len(report.ids),
         "added": report.added,
         "unchanged": report.skipped,
+        "passed_over": [str(file) for file in others],
         "cache_bytes": stats.num_bytes,
         "evicted": stats.evictions,
         "model": engine.model.name,
@@ -140,11 +144,11 @@ def warm(
     ] = False,
     order: Annotated[
         Literal["stored", "short", "long"],
-        typer.Option(help="Which first: as they lie; most chunks soon; most time saved soon."),
+        typer.Option(
+            help="Which first: as they lie (stored), many chunks soon (short), or what saves most (long)."
+        ),
     ] = "stored",
-    codec: Annotated[
-        str | None, typer.Option(help="How caches are written: raw, fp8, int8 or int4 [as before; raw].")
-    ] = None,
+    codec: CodecOption = None,
     ttl: TtlOption = None,
     budget: BudgetOption = None,
     as_json: JsonOption = False,
@@ -154,7 +158,7 @@ def warm(
     Can be interrupted and run again: what is built stays. Stops when the budget is full. Without
     --only-missing every cache that is there is proven first, and built anew if it is damaged.
 
-    Example: kvrag warm --chroma http://localhost:8000 --collection notes --only-missing
+    Example: kvrag warm --chroma http://localhost:8000 --only-missing
     """
     place = open_home(folder, chroma, collection, tenant)
     if not place.has_collection():

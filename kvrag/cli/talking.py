@@ -18,7 +18,7 @@ from kvrag.errors import EngineClosed, GenerationCancelled, InputError, KVRagErr
 from kvrag.rag import Source
 from kvrag.sessions.lost import Forgotten
 from kvrag.sessions.session import Session
-from kvrag.terminal import print_sources, print_spans, size, stderr, stdout
+from kvrag.terminal import count, print_sources, print_spans, size, stderr, stdout, tell
 
 PROMPT = "> "
 _MOST = 0.99  # of a forgotten part: what says nothing is not archived
@@ -81,7 +81,7 @@ class Conversation:
             except KVRagError as error:
                 if not self._is_shown:
                     raise
-                stderr().print(f"error: {error}")
+                tell("error", str(error))
             if self._is_over:
                 break
 
@@ -199,7 +199,8 @@ class Conversation:
             raise InputError(f"/undo takes a number of turns, not {number!r}")
         self._session.undo(int(number or 1))
         self._write()
-        self._say(f"took back {number or 1}; {self._session.num_turns} turns are left")
+        left = self._session.num_turns
+        self._say(f"took back {number or 1}; {count(left, 'turn')} {'is' if left == 1 else 'are'} left")
 
     def _forgotten(self, _: str) -> None:
         spans = self._session.forgotten()
@@ -249,7 +250,8 @@ class Conversation:
         limit = "no limit" if policy.budget is None else f"at most {policy.budget} tokens a head"
         self._say(f"memory: {policy.name}, {limit}; takes {size(session.num_bytes)}")
         self._say(
-            f"said: {said} tokens in {session.num_turns} turns; {said - lost} are still remembered somewhere"
+            f"said: {count(said, 'token')} in {count(session.num_turns, 'turn')}; "
+            f"{said - lost:,} are still remembered somewhere"
         )
 
     def _help(self, _: str) -> None:

@@ -93,7 +93,8 @@ def _some(names: tuple[str, ...]) -> str:
 def gc(
     dry_run: DryRunOption = False,
     quarantine_days: Annotated[
-        float, typer.Option(help="Days to keep damaged caches that were set aside.", min=0.0)
+        float,
+        typer.Option(help="Days to keep damaged caches that were set aside.", min=0.0, metavar="DAYS"),
     ] = 30.0,
     folder: HomeOption = None,
     chroma: ChromaOption = None,
@@ -159,7 +160,7 @@ def unpin(
 
 def _pin(names: list[str], *place_of: Any, pinned: bool, as_json: bool) -> None:
     place = open_home(*place_of)
-    place.settings()
+    place.must_exist()
     with place.corpus() as corpus, closing(place.store()) as store:
         ids = chosen_ids(corpus, names)
         lacking = pin_entries(corpus, store, ids, pinned=pinned)
@@ -175,7 +176,11 @@ def _pin(names: list[str], *place_of: Any, pinned: bool, as_json: bool) -> None:
 def budget(
     limit: Annotated[
         str | None,
-        typer.Argument(help="Most bytes of all caches: 20GB, 500MB; none for no limit.", show_default=False),
+        typer.Argument(
+            help="Most bytes of all caches: 20GB, 500MB; none for no limit.",
+            show_default=False,
+            metavar="SIZE",
+        ),
     ] = None,
     folder: HomeOption = None,
     chroma: ChromaOption = None,

@@ -45,7 +45,8 @@ def _lines(report: Report) -> Iterator[str]:
 
 def _policies(report: Report) -> Iterator[str]:
     yield (
-        f"against full attention ({report.questions} questions over {report.documents} documents, "
+        f"against full attention ({report.questions} question{'' if report.questions == 1 else 's'} "
+        f"over {report.documents} documents, "
         f"{CONTINUATION + 1} tokens each)"
     )
     yield f"  {'policy':<26}  {'KL, nats':>9}  {'same token':>10}  {'recomputed':>10}  {'first token':>11}"

@@ -49,11 +49,26 @@ def test_a_day_in_the_life(run: Run, notes: Path, model: Path) -> None:
     done = run("reconcile")
     assert done.out == "2 chunks: nothing to mend\n"
 
+    for command in (("ask", "Who?"), ("ls",), ("stats",), ("rm", "notes/a.txt"), ("pin", "notes/a.txt")):
+        done = run(*command, "--collection", "other")
+        assert done.status == 2
+        assert "there is no collection 'other' in .kvrag; run: kvrag ingest PATH" in done.err
+
     assert "removed 1 chunk " in run("rm", "notes/a.txt").out
     assert run("stats", "--json").object["chunks"] == 1
     (left,) = run("ls", "--json").object
     assert run("rm", left["id"]).status == 0
     assert list((Path(".kvrag") / "store").rglob("*.safetensors")) == []
+
+
+def test_what_is_passed_over_is_said(run: Run, notes: Path, model: Path) -> None:
+    for name in ("photo.png", "other.png", "letter.docx", ".hidden"):
+        (notes / name).write_bytes(b"\0")
+    done = run("ingest", "notes", "--model", model)
+    assert done.status == 0
+    assert done.err == "note: 3 files (.docx, .png) were passed over; kvrag reads .txt .md .pdf .jsonl\n"
+    found = run("ingest", "notes/a.txt", "notes", "--json").object["passed_over"]
+    assert sorted(found) == ["notes/letter.docx", "notes/other.png", "notes/photo.png"]
 
 
 def test_json_is_one_object_and_nothing_else(run: Run, notes: Path, model: Path) -> None:

@@ -74,6 +74,13 @@ def test_help_waits_for_no_library() -> None:
         (["ingest", "nowhere"], "nowhere: no such file or folder"),
         (["ingest", "photo.png"], r"photo.png: cannot read this type of file; expected .*\.txt"),
         (["ingest", "latin.txt"], "latin.txt: not UTF-8 at byte 1"),
+        (["ingest", "noise.txt"], "noise.txt: this is no text"),
+        (["ingest", "folder"], "no text found in folder; kvrag reads .txt"),
+        (["size", "folder"], "no text found in folder; kvrag reads .txt"),
+        (
+            ["ingest", "good.txt", "--model", "/no/folder"],
+            "'/no/folder' could not be loaded: there is no such",
+        ),
         (["ingest", "broken.jsonl"], "broken.jsonl, line 1: not JSON"),
         (["ingest"], "Missing argument.*kvrag ingest --help"),
         (["ingest", "good.txt", "--chunk-tokens", "0"], "--chunk-tokens"),
@@ -147,6 +154,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "photo.png").write_bytes(b"png")
     (tmp_path / "latin.txt").write_bytes("né".encode("latin1"))
+    (tmp_path / "noise.txt").write_bytes(b"\xff\0")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "broken.jsonl").write_text("{\n")
     (tmp_path / "good.txt").write_text(LIGHTHOUSE)
     (tmp_path / "blank.txt").write_text("\n")
