@@ -149,6 +149,36 @@ def test_who_is_faster_than_kvrag_is_named(bench: dict[str, ModuleType]) -> None
     assert nobody == ["Nothing was faster than kvrag's float32 rows in the page cache."]
 
 
+def test_a_busy_machine_shows_processor_seconds(bench: dict[str, ModuleType]) -> None:
+    took = {"first": 9.0, "first_busy": 0.5, "each": 8.0, "each_busy": 0.25, "reused": 0, "runs": 1}
+    sides = {"transformers": ("full", "same", "half"), "kvrag": ("warm", "cold")}
+    sides |= dict.fromkeys(("kvrag int8", "TurboRAG's way"), sides["kvrag"])
+    found: dict[str, Any] = {
+        "conditions": {
+            **dict.fromkeys(("parameters", "document_tokens", "pool", "question_tokens", "threads"), 1),
+            **dict.fromkeys(("device", "torch", "transformers", "python", "date", "cpu_capability"), "x"),
+            "shape": {"layers": 1, "hidden": 1, "kv_heads": 1, "head_dim": 1},
+            **{"cores": 2, "load": 9.0, "load_after": 1, "seconds": 60.0, "rounds": 1, "quick": 1},
+        },
+        "cases": {"8": {side: dict.fromkeys(cases, took) for side, cases in sides.items()}},
+        "bytes_per_token": dict.fromkeys(sides, 10.0),
+        "turn": {
+            "requests": 2,
+            "documents": 4,
+            "sides": {"kvrag": {"median": 9, "median_busy": 1, "total": 9, "total_busy": 1, "reused": 1}},
+        },
+        "shares": {"0": {"each document": 1.0}},
+        "agreement": {"TurboRAG's way": 1e-6},
+    }
+    busy = bench["page"].lines(found)
+    assert "| transformers, `generate` | 500 | 1x |" in busy
+    assert any("seconds of the processor" in line for line in busy)
+    found["conditions"]["load"] = 1.0
+    quiet = bench["page"].lines(found)
+    assert "| transformers, `generate` | 9,000 | 1x |" in quiet
+    assert not any("seconds of the processor" in line for line in quiet)
+
+
 def test_a_whole_answer_is_its_tokens(bench: dict[str, ModuleType]) -> None:
     assert bench["page"].answer_seconds(case(2.0), 0.5, 1) == 2.0
     assert bench["page"].answer_seconds(case(2.0), 0.5, 5) == 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,15 +30,46 @@ class Took:
 
     Attributes:
         first: seconds from having the prompt's tokens to having chosen the first new one.
+        first_busy: the same on the processor, of all threads; on a busy machine it says more.
         each: seconds per further token; None: there was none.
+        each_busy: the same on the processor.
         reused: tokens of the prompt that were not read anew.
         token: the first one.
     """
 
     first: float
+    first_busy: float
     each: float | None
+    each_busy: float | None
     reused: int
     token: int
+
+
+class Clock:
+    """Seconds on the wall and on the processor since it was made, or since the first token."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._start = self._now()
+        self._first = self._last = self._start
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def first(self) -> None:
+        """The first token is there."""
+        self._first = self._last = self._now()
+
+    def last(self) -> None:
+        """All tokens are there."""
+        self._last = self._now()
+
+    def took(self, more: int, reused: int, token: int) -> Took:
+        """What an answer took that has `more` further tokens."""
+        (start, busy), (first, first_busy), (last, last_busy) = self._start, self._first, self._last
+        each = ((last - first) / more, (last_busy - first_busy) / more) if more else (None, None)
+        return Took(first - start, first_busy - busy, *each, reused, token)
 
 
 class Pool:

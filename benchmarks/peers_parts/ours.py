@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peers_parts.asked import Pool, Request, Took
+from peers_parts.asked import Clock, Pool, Request, Took
 
 from kvrag.config import Sampling
 from kvrag.decode import Behind, choice, steps
@@ -62,14 +61,14 @@ class Ours:
     def ask(self, request: Request, new_tokens: int) -> Took:
         """Load, read the question, choose tokens as the engine does."""
         prompt = self._pool.prompt(request)
-        start = time.perf_counter()
+        clock = Clock()
         table, fresh, last = self.first(request)
         chosen = choice(self._model, prompt, Sampling(max_new_tokens=new_tokens, ignore_eos=True))
         behind = Behind(table.seen_from(fresh.num_rows), fresh, self._model.specs)
         documents = tuple(segment.document for segment in table)
         tokens = steps(self._model, behind, prompt, last, documents, chosen, position=len(prompt))
         token = next(tokens).token
-        begun = time.perf_counter()
+        clock.first()
         more = len(list(tokens))
-        each = (time.perf_counter() - begun) / more if more else None
-        return Took(begun - start, each, len(prompt) - len(request.question), token)
+        clock.last()
+        return clock.took(more, len(prompt) - len(request.question), token)

@@ -20,6 +20,13 @@ import llama_cpp.llama_cpp as api
 import numpy as np
 import peer_gguf
 
+Time = tuple[float, float]
+
+
+def now() -> Time:
+    """Seconds on the wall and on the processor, of all threads."""
+    return time.perf_counter(), time.process_time()
+
 
 def common(a: Sequence[int], b: Sequence[int], a_from: int = 0, b_from: int = 0) -> int:
     """How far two lists are alike from a place of each on."""
@@ -64,7 +71,7 @@ class Slot:
             new_tokens: greedy.
             shortest_run: tokens that are moved when they stand elsewhere (`--cache-reuse`); 0: none are.
         """
-        start = time.perf_counter()
+        start = now()
         reused = self._beginning(tokens)
         if shortest_run:
             reused = self._moved(tokens, reused, shortest_run)
@@ -94,19 +101,26 @@ class Slot:
             at, held = at + length, held + length
         return at
 
-    def _answer(self, tokens: list[int], reused: int, new_tokens: int, start: float) -> dict[str, Any]:
+    def _answer(self, tokens: list[int], reused: int, new_tokens: int, start: Time) -> dict[str, Any]:
         reused = min(reused, len(tokens) - 1)  # one token has to be read for its logits
         api.llama_memory_seq_rm(self._memory, 0, reused, -1)
         for at in range(reused, len(tokens), self._batch):
             self._read(tokens[at : at + self._batch])
         chosen = int(self.logits().argmax())
-        first, answer = time.perf_counter(), [chosen]
+        first, answer = now(), [chosen]
         for _ in range(new_tokens - 1):
             self._read(answer[-1:])
             answer.append(int(self.logits().argmax()))
-        each = (time.perf_counter() - first) / (new_tokens - 1) if new_tokens > 1 else None
+        last, more = now(), new_tokens - 1
         self._tokens = tokens + answer[:-1]
-        return {"first": first - start, "each": each, "reused": reused, "token": chosen}
+        return {
+            "first": first[0] - start[0],
+            "first_busy": first[1] - start[1],
+            "each": (last[0] - first[0]) / more if more else None,
+            "each_busy": (last[1] - first[1]) / more if more else None,
+            "reused": reused,
+            "token": chosen,
+        }
 
     def _read(self, tokens: list[int]) -> None:
         given = (api.llama_token * len(tokens))(*tokens)
@@ -139,7 +153,7 @@ class Slot:
         """Answer from a file of `save`, with nothing in the context."""
         self.forget()
         held, count = (api.llama_token * len(tokens))(), ctypes.c_size_t()
-        start = time.perf_counter()
+        start = now()
         size = api.llama_state_seq_load_file(
             self._context, path.encode(), 0, held, len(tokens), ctypes.byref(count)
         )

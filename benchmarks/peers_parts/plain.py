@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peers_parts.asked import Took, common
+from peers_parts.asked import Clock, Took, common
 from transformers import DynamicCache, GenerationConfig
 
 from kvrag import backbone
@@ -41,11 +40,15 @@ def filled(config: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Dy
 class _Watch:
     """A streamer that notes when tokens come; the prompt comes first."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.count = clock, -1
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.count += 1
+        if self.count == 1:
+            self._clock.first()
+        else:
+            self._clock.last()
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -53,7 +56,7 @@ class _Watch:
 
 @torch.inference_mode()
 def generated(
-    network: Any, prompt: Sequence[int], cache: DynamicCache, new_tokens: int, start: float
+    network: Any, prompt: Sequence[int], cache: DynamicCache, new_tokens: int, clock: Clock
 ) -> Took:
     """Let `generate` answer; it reads what the cache does not hold, and extends the cache.
 
@@ -62,12 +65,12 @@ def generated(
         prompt: all tokens.
         cache: of the prompt's beginning.
         new_tokens: greedy, without an end.
-        start: when the clock began.
+        clock: running.
     """
     reused = cache.get_seq_length()
     ids = torch.tensor([list(prompt)])
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    watch = _Watch()
+    watch = _Watch(clock)
     out = network.generate(
         ids,
         generation_config=settings,
@@ -75,9 +78,7 @@ def generated(
         past_key_values=cache,
         streamer=watch,
     )
-    times = watch.times[1:]
-    each = (times[-1] - times[0]) / (new_tokens - 1) if new_tokens > 1 else None
-    return Took(times[0] - start, each, reused, int(out[0, len(prompt)]))
+    return clock.took(watch.count - 1, reused, int(out[0, len(prompt)]))
 
 
 class Plain:
@@ -95,9 +96,9 @@ class Plain:
     def ask(self, prompt: list[int], new_tokens: int) -> Took:
         """Answer, and keep."""
         with stock_attention(self._network):
-            start = time.perf_counter()
+            clock = Clock()
             cache = self._beginning(prompt)
-            took = generated(self._network, prompt, cache, new_tokens, start)
+            took = generated(self._network, prompt, cache, new_tokens, clock)
         self._kept.append((prompt, cache))
         return took
 

@@ -71,14 +71,12 @@ def documents(sides: Sides, count: int, rounds: int) -> dict[str, dict[str, Any]
 
 def summary(taken: list[Took]) -> dict[str, Any]:
     """Medians, and what others on the machine disturbed least."""
-    each = [took.each for took in taken if took.each is not None]
-    found: dict[str, Any] = {
-        "first": median(took.first for took in taken),
-        "first_best": min(took.first for took in taken),
-        "reused": median(took.reused for took in taken),
-        "runs": len(taken),
-    }
-    return found | ({"each": median(each), "each_best": min(each)} if each else {})
+    found: dict[str, Any] = {"reused": median(took.reused for took in taken), "runs": len(taken)}
+    for name in ("first", "first_busy", "each", "each_busy"):
+        times = [time for took in taken if (time := getattr(took, name)) is not None]
+        if times:
+            found |= {name: median(times), f"{name}_best": min(times)}
+    return found
 
 
 def _plain(sides: Sides, base: tuple[int, ...], others: tuple[int, ...]) -> None:
@@ -140,7 +138,9 @@ def turn(sides: Sides, requests: list[Request]) -> dict[str, dict[str, float]]:
     return {
         name: {
             "median": median(took.first for took in answers),
+            "median_busy": median(took.first_busy for took in answers),
             "total": sum(took.first for took in answers),
+            "total_busy": sum(took.first_busy for took in answers),
             "reused": sum(took.reused for took in answers) / tokens,
         }
         for name, answers in taken.items()

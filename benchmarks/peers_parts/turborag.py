@@ -8,12 +8,11 @@ turned by one angle per document and written where they are wanted, so that ever
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers_parts.asked import Pool, Request, Took
+from peers_parts.asked import Clock, Pool, Request, Took
 from peers_parts.plain import filled, generated, stock_attention
 
 from kvrag.segments import KV
@@ -80,9 +79,9 @@ class TurboRag:
         """Load, join, read the question, choose tokens."""
         prompt = self._pool.prompt(request)
         with stock_attention(self._network):
-            start = time.perf_counter()
+            clock = Clock()
             cache = filled(self._network.config, self.joined(request.documents))
-            return generated(self._network, prompt, cache, new_tokens, start)
+            return generated(self._network, prompt, cache, new_tokens, clock)
 
     @torch.inference_mode()
     def logits(self, request: Request) -> torch.Tensor:
