@@ -565,7 +565,7 @@ def changed_head(parts: Parts, **changes: Any) -> Parts:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 2}, "version 2; this kvrag reads"),
+        ({"version": 3}, "version 3; this kvrag reads"),
         ({"format": "zip"}, "it says it is 'zip'"),
         ({"settings": None}, "its head lacks or misspells"),
         ({"settings__model": 7}, "its head lacks or misspells"),
