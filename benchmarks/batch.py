@@ -1,11 +1,17 @@
-"""Several callers at once: tokens per second and time to first token, read together and taking turns.
+"""Several callers at once: tokens per second and time to first token, and the same by transformers.
 
-Both ways run in one process on the same requests, one after the other in every round; medians are printed.
-Documents are in memory. Taking turns is what a pass per request and token gives: the same worker, whose
-passes hold one request each.
+All ways run in one process on the same requests, one after the other in every round; medians are printed.
 
-    python benchmarks/batch.py                        # the reader, and a random 0.4B shape
-    python benchmarks/batch.py --json docs/data/batch.json
+- together: kvrag as it is; whoever is due is read in one pass.
+- turns: a pass per request and token: the same worker, whose passes hold one request each.
+- one by one: transformers' `generate`, one request after the other; who comes last waits for all.
+- batched: one `generate` over all requests, padded on the left.
+
+Documents are in memory and were read before; `generate` reads every prompt in full. Callers draw their
+documents from one pool, as askers of one collection do.
+
+    python benchmarks/batch.py                        # the reader, and a random shape
+    python benchmarks/batch.py --models shape --shape 0.1B --documents 8 --document-tokens 512
     python benchmarks/batch.py --smoke                # seconds, for continuous integration
 """
 
@@ -17,7 +23,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,10 +31,11 @@ from typing import Any
 
 import torch
 import transformers
-from ttft import SHAPES, SMOKE, build
+from ttft import SHAPES, SMOKE, build, processor
 
+from kvrag.baseline import ordinary_answer
 from kvrag.config import Sampling
-from kvrag.decode import Chooser, Step
+from kvrag.decode import Chooser, Step, configuration
 from kvrag.engine import Engine
 from kvrag.model import Model, quiet
 from kvrag.passes import Outcome, Passes
@@ -74,32 +81,42 @@ class Watch:
 
 @dataclass(frozen=True)
 class Load:  # slots would hide the defaults that the arguments take
-    """What callers ask: each has documents of his own.
+    """What callers ask.
 
     Attributes:
         documents: per request.
-        words: of each document, where they are made up.
+        document_tokens: of each document, where they are made up for a random shape.
         new_tokens: of each answer.
+        pool: documents that all callers draw from.
     """
 
     documents: int = 4
-    words: int = 60
+    document_tokens: int = 350
     new_tokens: int = 24
+    pool: int = 24
 
 
 def requests(model: Model, load: Load, num: int) -> list[dict[str, Any]]:
     """Arguments of `Engine.stream` for `num` callers."""
-    texts = [document.text for document in collection(num=num * load.documents)]
-    if model.name.startswith("random"):  # its tokenizer knows letters only
-        texts = [" ".join((text * 9).split()[: load.words]) for text in texts]
+    pool = max(load.pool, load.documents)
+    texts = [document.text for document in collection(num=pool)]
+    if model.name.startswith("random"):  # its words mean nothing to it
+        texts = [_sized(model, text, load.document_tokens) for text in texts]
     form = RagPrompt.of(model.text)
     sampling = Sampling(max_new_tokens=load.new_tokens, ignore_eos=True)
     found = []
     for i in range(num):
-        own = texts[i * load.documents : (i + 1) * load.documents]
-        prompt = form.render(own, f"What is said of number {i}?")
+        own = [texts[(5 * i + j) % pool] for j in range(load.documents)]
+        prompt = form.render(own, f"What is said of number {i:03}?")
         found.append({"prompt": prompt, "chunks": own, "prefix": form.prefix, "sampling": sampling})
     return found
+
+
+def _sized(model: Model, text: str, num_tokens: int) -> str:
+    """About so many tokens of a text, repeated as often as it takes."""
+    words = text.split()
+    per_word = len(model.text.tokenize(text)) / len(words)
+    return " ".join(words[i % len(words)] for i in range(max(1, round(num_tokens / per_word))))
 
 
 def serve(engine: Engine, asked: Sequence[dict[str, Any]], passes: Passes) -> tuple[float, float]:
@@ -125,7 +142,62 @@ def serve(engine: Engine, asked: Sequence[dict[str, Any]], passes: Passes) -> tu
     return sum(map(len, times)) / seconds, median(t[0] for t in times) - start
 
 
-def measure(model: Model, load: Load, callers: Sequence[int], repeat: int) -> list[dict[str, float]]:
+def one_by_one(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+    """`generate` for one request after the other; see `serve` for what it returns."""
+    firsts, start = [], time.perf_counter()
+    for prompt in prompts:
+        waited = time.perf_counter() - start
+        answer = ordinary_answer(model, prompt, Sampling(max_new_tokens=new_tokens, ignore_eos=True))
+        firsts.append(waited + answer.first_token)
+    return len(prompts) * new_tokens / (time.perf_counter() - start), median(firsts)
+
+
+@torch.inference_mode()
+def batched(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+    """One `generate` for all requests; see `serve` for what it returns."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt) :] = torch.tensor(prompt)
+    seen = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    settings = configuration(model.network, Sampling(max_new_tokens=new_tokens, ignore_eos=True))
+    settings.use_cache = True
+    arrivals: list[float] = []
+    generate: Any = model.network.generate  # of a mixin that the base class does not name
+    start = time.perf_counter()
+    generate(
+        ids.to(model.device),
+        attention_mask=seen.long().to(model.device),
+        generation_config=settings,
+        streamer=_Arrivals(arrivals),
+    )
+    return len(prompts) * new_tokens / (arrivals[-1] - start), arrivals[1] - start
+
+
+@dataclass(frozen=True)
+class _Arrivals:
+    """A streamer for any number of requests: when their tokens come; the prompts come first."""
+
+    times: list[float]
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def tokens_of(model: Model, request: dict[str, Any]) -> tuple[int, ...]:
+    """The prompt as `generate` takes it."""
+    return model.text.tokenize(request["prompt"], first=True)
+
+
+Way = Callable[[Sequence[dict[str, Any]]], tuple[float, float]]
+
+
+def measure(
+    model: Model, load: Load, callers: Sequence[int], repeat: int, full_repeat: int
+) -> list[dict[str, float]]:
     """Medians for each number of callers."""
     rows = []
     asked = requests(model, load, max(callers))
@@ -134,30 +206,55 @@ def measure(model: Model, load: Load, callers: Sequence[int], repeat: int) -> li
             for _ in stream:
                 pass
         engine.close()
-        ways = {"together": Passes(model, engine.pass_tokens), "turns": Turns(model, engine.pass_tokens)}
+        passes = {"together": Passes(model, engine.pass_tokens), "turns": Turns(model, engine.pass_tokens)}
+        ways: dict[str, Way] = {
+            name: lambda some, own=own: serve(engine, some, own)  # type: ignore[misc]
+            for name, own in passes.items()
+        }
+        for name, theirs in (("one_by_one", one_by_one), ("batched", batched)):
+            ways[name] = lambda some, theirs=theirs: theirs(  # type: ignore[misc]
+                model, [tokens_of(model, request) for request in some], load.new_tokens
+            )
         for num in callers:
             found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-            for _ in range(repeat):
-                for way, passes in ways.items():
-                    found[way].append(serve(engine, asked[:num], passes))
-            row = {"callers": float(num)}
-            for way, pairs in found.items():
-                row[f"tokens_per_second_{way}"] = median(rate for rate, _ in pairs)
-                row[f"first_token_{way}"] = median(first for _, first in pairs)
-            row["ratio_tokens"] = row["tokens_per_second_together"] / row["tokens_per_second_turns"]
-            row["ratio_first_token"] = row["first_token_turns"] / row["first_token_together"]
-            rows.append(row)
+            for i in range(max(repeat, full_repeat)):
+                for way, run in ways.items():
+                    if i < (repeat if way in passes else full_repeat):
+                        found[way].append(run(asked[:num]))
+            length = median(len(tokens_of(model, request)) for request in asked[:num])
+            rows.append({"callers": float(num), "prompt_tokens": float(length), **_medians(found)})
     return rows
+
+
+def _medians(found: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Of each way, and how many times better kvrag is than the others."""
+    row = {}
+    for way, pairs in found.items():
+        if pairs:
+            row[f"tokens_per_second_{way}"] = median(rate for rate, _ in pairs)
+            row[f"first_token_{way}"] = median(first for _, first in pairs)
+    for way in (name for name, pairs in found.items() if pairs and name != "together"):
+        row[f"ratio_tokens_{way}"] = row["tokens_per_second_together"] / row[f"tokens_per_second_{way}"]
+        row[f"ratio_first_token_{way}"] = row[f"first_token_{way}"] / row["first_token_together"]
+    return row
 
 
 def report(name: str, rows: Sequence[dict[str, float]]) -> str:
     """The figures as a table."""
-    lines = [name, "callers  tokens/s together  in turns             first token   in turns"]
+    lines = [
+        name,
+        f"{'callers':>7}  {'way':<12}{'tokens/s':>10}{'together is':>14}{'first token':>15}{'':>9}",
+    ]
     for r in rows:
-        rates = f"{r['tokens_per_second_together']:>19.1f}{r['tokens_per_second_turns']:>10.1f}"
-        firsts = f"{r['first_token_together'] * 1e3:>13.0f} ms{r['first_token_turns'] * 1e3:>8.0f} ms"
-        ratios = r["ratio_tokens"], r["ratio_first_token"]
-        lines.append(f"{r['callers']:>7.0f}{rates}{ratios[0]:>7.1f}x{firsts}{ratios[1]:>7.1f}x")
+        for way in ("together", "turns", "one_by_one", "batched"):
+            if f"first_token_{way}" not in r:
+                continue
+            rate, first = r[f"tokens_per_second_{way}"], r[f"first_token_{way}"] * 1e3
+            ratios = [r.get(f"ratio_{what}_{way}") for what in ("tokens", "first_token")]
+            times = ["" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
+            lines.append(
+                f"{r['callers']:>7.0f}  {way:<12}{rate:>10.1f}{times[0]:>14}{first:>12.0f} ms{times[1]:>9}"
+            )
     return "\n".join(lines)
 
 
@@ -174,7 +271,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.5B", help="of the random model")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument("--documents", type=int, default=Load.documents, help="of each prompt")
-    parser.add_argument("--words", type=int, default=Load.words, help="of each document of the random shape")
+    parser.add_argument(
+        "--document-tokens", type=int, default=Load.document_tokens, help="of each, for the random shape"
+    )
+    parser.add_argument("--full-repeat", type=int, default=1, help="runs of transformers; 0: none")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
     parser.add_argument("--json", type=Path, help="write conditions and figures here")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, once")
@@ -183,22 +283,22 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     load, shape, dtype = (
-        Load(args.documents, args.words, args.tokens),
+        Load(args.documents, args.document_tokens, args.tokens),
         SHAPES[args.shape],
         getattr(torch, args.dtype),
     )
     if args.smoke:
-        load, shape, args.callers, args.repeat, args.models = Load(2, 12, 4), SMOKE, [1, 3], 1, ["shape"]
+        load, shape, args.callers, args.repeat, args.models = Load(2, 40, 4, 6), SMOKE, [1, 3], 1, ["shape"]
     start, found = os.getloadavg()[0], {}
     for kind in args.models:
         reader = kind == "reader"
         model = Model.load(device=args.device, dtype=dtype) if reader else build(shape, dtype, args.device)
-        found[kind] = measure(model, load, args.callers, args.repeat)
+        found[kind] = measure(model, load, args.callers, args.repeat, args.full_repeat)
         size = sum(p.numel() for p in model.network.parameters()) / 1e6
         print(report(f"{model.name}, {size:.1f} million parameters", found[kind]))
     conditions = {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
         "load_before": start,
         "torch": torch.__version__,
@@ -208,6 +308,7 @@ def main() -> None:
         "load": asdict(load),
         "shape": asdict(shape),
         "repeat": args.repeat,
+        "full_repeat": args.full_repeat,
     }
     print(", ".join(f"{key}={value}" for key, value in conditions.items()))
     if args.json:

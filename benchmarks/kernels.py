@@ -1,11 +1,12 @@
 """Every kernel as a fraction of what the device can do, and against PyTorch's own operators; all in one run.
 
-    python benchmarks/kernels.py --json docs/data/kernels.json
-    python benchmarks/kernels.py --only segment            # one part
+    python benchmarks/kernels.py --json docs/data/kernels-cpu.json
+    python benchmarks/kernels.py --only segment            # one part; the others stay as they were
     python benchmarks/kernels.py --smoke                   # seconds, for continuous integration
 
 On a GPU the kernels are measured; without one the paths for the CPU are, where only ratios mean something.
-A part is a module in `kernels_parts` with `NAME` and `run(device, small)`, which gives rows of a table.
+A part is a module in `kernels_parts` with `NAME` and `run(device, small)`, which gives rows of a table; what
+it found is written down before the next one begins. `benchmarks/on_gpu.py` runs them all where a GPU is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -23,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from kernels_parts.clock import is_alone
 
 if not torch.cuda.is_available():  # read when the kernels are imported, so before any of them is
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,6 +50,7 @@ def conditions(device: torch.device, small: bool) -> Row:
         "triton": _triton(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "clock": "process" if is_alone(device) else "wall",
         "load": round(os.getloadavg()[0], 1),
         "small": small,
     }
@@ -68,7 +71,9 @@ def _triton() -> str | None:
         return None
 
 
-def measure(device: torch.device, *, small: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
+def measure(
+    device: torch.device, *, small: bool, only: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run the parts.
 
     Args:
@@ -76,17 +81,21 @@ def measure(device: torch.device, *, small: bool, only: Sequence[str] | None = N
         small: smallest form.
         only: names of parts; None for all.
 
-    Returns:
-        Conditions and rows of each part, and the seconds that it took.
+    Yields:
+        Name, conditions and rows of each part, and the seconds that it took.
+
+    Raises:
+        SystemExit: there is no part of such a name.
     """
-    found = {}
-    for name, part in parts().items():
+    known = parts()
+    if unknown := set(only or ()) - set(known):
+        raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    for name, part in known.items():
         if only is None or name in only:
             started = time.perf_counter()
             rows = part.run(device, small)
             took = round(time.perf_counter() - started, 1)
-            found[name] = {"conditions": conditions(device, small), "seconds": took, "rows": rows}
-    return found
+            yield name, {"conditions": conditions(device, small), "seconds": took, "rows": rows}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -110,18 +119,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", help="parts to measure; the others are taken from --json")
+    parser.add_argument("--only", nargs="*", help="parts to measure; others stay in --json as they were")
     parser.add_argument("--json", type=Path, help="write conditions and figures here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="little of everything, once")
     args = parser.parse_args()
-    kept = json.loads(args.json.read_text()) if args.only and args.json and args.json.exists() else {}
-    found = kept | measure(torch.device(args.device), small=args.smoke, only=args.only)
-    for name, part in found.items():
-        print(f"\n## {name}\n\n{table(part['rows'])}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for name, part in measure(torch.device(args.device), small=args.smoke, only=args.only):
+        found[name] = part
+        print(f"\n## {name}\n\n{table(part['rows'])}", flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

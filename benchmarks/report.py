@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kernels_parts import page as kernels_page
 from memory_parts import page as memory_page
 from peers_parts import page as peers_page
 from quality_parts import page as quality_page
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "docs" / "data"
 STORE, PEERS = DATA / "store.json", DATA / "peers.json"
 QUALITY, REAL_TEXT = DATA / "quality.json", DATA / "real_text.json"
+KERNELS, KERNELS_GPU, BATCH = DATA / "kernels-cpu.json", DATA / "kernels-gpu.json", DATA / "batch.json"
 MEMORY, MEMORY_TIME, SOAK = DATA / "memory.json", DATA / "memory-time.json", DATA / "soak.json"
 
 _TTFT_ROWS = (
@@ -126,6 +128,8 @@ def pages() -> dict[Path, str]:
     made = {docs / "measured.md": measured()}
     if QUALITY.exists():
         made[docs / "quality.md"] = "\n".join(quality_page.lines(*map(read, (QUALITY, REAL_TEXT))))
+    if KERNELS.exists():
+        made[docs / "kernels.md"] = kernels_page.page(*map(read, (KERNELS, KERNELS_GPU, BATCH)))
     if MEMORY.exists():
         found = memory_page.lines(*map(read, (MEMORY, MEMORY_TIME, SOAK)))
         made[docs / "memory-measured.md"] = "\n".join(found)

@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 import transformers
-from kernels_parts.limits import limits
+from kernels_parts.limits import limits, weight_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -54,7 +54,11 @@ class Shape:
     tied: bool = True
 
 
-SHAPES = {"0.5B": Shape(), "Llama-3.1-8B": Shape(32, 4096, 14_336, 32, 8, 128, 128_256, tied=False)}
+SHAPES = {
+    "0.5B": Shape(),
+    "0.1B": Shape(12, 512, 1536, 8, 2, 64, 8192),
+    "Llama-3.1-8B": Shape(32, 4096, 14_336, 32, 8, 128, 128_256, tied=False),
+}
 SMOKE = Shape(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, vocabulary=512)
 
 
@@ -261,7 +265,7 @@ def in_memory(bench: Bench, repeat: int) -> dict[str, float]:
 
     found = {"resident": middle(lambda: bench.from_memory(resident))}
     if device.type == "cuda":
-        weights = sum(p.nbytes for p in bench.model.network.parameters())
+        weights = weight_bytes(bench.model.network, len(bench.question))
         found["least"] = (weights + sum(kv.num_bytes for kv in resident)) / limits(device, small=False).copy
         pinned = bench.held(pinned=True)
         found["pinned"] = middle(lambda: bench.from_memory(pinned))
@@ -274,7 +278,7 @@ def conditions(args: argparse.Namespace, bench: Bench, shape: Shape) -> dict[str
     parameters = sum(p.numel() for p in bench.model.network.parameters())
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if bench.model.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if bench.model.device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -292,7 +296,8 @@ def conditions(args: argparse.Namespace, bench: Bench, shape: Shape) -> dict[str
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU by its own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

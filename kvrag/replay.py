@@ -113,8 +113,8 @@ class DecodeStep:
         found = []
         for i, (fresh, table) in enumerate(zip(self._several, self._tables, strict=True)):
             fresh.took(positions[i])
-            own = slice(len(table))
-            found.append(Read(logits[i], mass[:, i, own, None], focus[:, i, own, None], {}))
+            own = (slice(None), i, slice(len(table)), None)
+            found.append(Read(logits[i], mass[own], focus[own], {}))
         return found
 
     def _run(self) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kernels_parts.clock import seconds, turns
+from kernels_parts.clock import replayed, seconds, turns
 from kernels_parts.limits import dtype_of, limits
+from kernels_parts.segment import attending
 
-from kvrag_kernels import QuantisedRows, Rows, Turn, segment_attention
+from kvrag_kernels import QuantisedRows, Rows, Turn
 from kvrag_kernels._backend import backend
 from kvrag_kernels.quantise import Form, Quantised, dequantise, quantise
 
@@ -67,10 +68,9 @@ def _attention(form: Form, device: torch.device, small: bool, repeat: int) -> di
     query = torch.randn(1, heads, 1, dim, device=device).to(dtype)
     angles = _turn(count, dim, device)
     turn = Turn(angles.cos.transpose(0, 1).contiguous(), angles.sin.transpose(0, 1).contiguous())
-    scale = dim**-0.5
     sides = {
-        "packed": lambda: segment_attention(query, packed, turn, scale=scale),
-        "plain": lambda: segment_attention(query, plain, turn, scale=scale),
+        name: replayed(attending(query, rows, turn, dim**-0.5), device)
+        for name, rows in (("packed", packed), ("plain", plain))
     }
     times = turns(sides, device, repeat=repeat)
     num_bytes = sum(_num_bytes(rows.packed) for rows in packed)

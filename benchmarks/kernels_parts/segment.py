@@ -6,15 +6,15 @@ bytes by its copy rate and operations by its matrix rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kernels_parts.clock import turns
+from kernels_parts.clock import replayed, turns
 from kernels_parts.limits import dtype_of, limits
 
-from kvrag_kernels import Rows, Turn, segment_attention
+from kvrag_kernels import AnyRows, Rows, Turn, segment_attention
 from kvrag_kernels._backend import backend, has_triton, is_interpreting, using
 
 NAME = "segment"
@@ -35,6 +35,8 @@ class Shape:
 LLAMA = Shape("Llama-3.1-8B", 32, 8, 128)
 QWEN = Shape("Qwen2.5-7B", 28, 4, 128)
 TINY = Shape("tiny", 4, 2, 16)
+
+_FLEX = (65_536, 32)  # rows and segments
 
 
 class Case:
@@ -88,14 +90,29 @@ class Case:
         return F.scaled_dot_product_attention(query, keys, values, scale=self.scale, enable_gqa=True)
 
 
+def attending(
+    query: torch.Tensor, segments: Sequence[AnyRows], turn: Turn, scale: float
+) -> Callable[[], object]:
+    """Segment attention as it stands in a decode step: over buffers that never move where Triton runs."""
+    if query.device.type != "cuda" or backend(query.device) != "triton":
+        return lambda: segment_attention(query, segments, turn, scale=scale)
+    from kvrag_kernels.segment_attention.launch import StaticAttention  # noqa: PLC0415 - needs Triton
+
+    made = StaticAttention(query, [segments], [turn], scale=scale)
+    return lambda: made(query)
+
+
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def _flex(case: Case) -> Callable[[], object] | None:
-    """Compiled flex_attention over the contiguous run; None where it cannot be compiled."""
-    if case.query.device.type != "cuda":
+    """Compiled flex_attention over the contiguous run; None where it is not measured or cannot be compiled.
+
+    Compiling takes longer than everything else, so it is done for one size only.
+    """
+    if case.query.device.type != "cuda" or (case.num_rows, case.num_segments) != _FLEX:
         return None
     from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415 - for GPUs only
 
@@ -105,36 +122,52 @@ def _flex(case: Case) -> Callable[[], object] | None:
         query = _rotated(case.query, *case._own)
         return compiled(query, case.keys, case.values, scale=case.scale, enable_gqa=True)
 
+    try:
+        run()
+    except Exception as error:  # some releases have no kernel for some numbers of heads
+        print(f"flex_attention, {case.shape.name}, {case.num_queries} rows: {error}")
+        return None
     return run
 
 
-def _cases(device: torch.device, small: bool) -> list[Case]:
+def _cases(device: torch.device, small: bool) -> Iterator[Case]:
+    """One at a time: together they would fill a GPU."""
     if small:
-        return [Case(TINY, 1, 96, 3, device), Case(TINY, 8, 96, 3, device)]
-    if device.type == "cuda":
-        sizes = [(rows, segments) for rows in (4096, 16_384, 65_536, 131_072) for segments in (8, 32, 128)]
-        return [Case(s, q, rows, n, device) for s in (LLAMA, QWEN) for q in (1, 64) for rows, n in sizes]
-    return [Case(s, q, 4096, n, device) for s in (LLAMA, QWEN) for q in (1, 64) for n in (8, 32)]
+        yield from (Case(TINY, queries, 96, 3, device) for queries in (1, 8))
+        return
+    sizes = [(rows, n) for rows in (4096, 16_384, 65_536, 131_072) for n in (8, 32, 128)]
+    for shape in (LLAMA, QWEN):
+        for queries in (1, 64):
+            for rows, n in sizes if device.type == "cuda" else [(4096, 8), (4096, 32)]:
+                yield Case(shape, queries, rows, n, device)
 
 
 def run(device: torch.device, small: bool) -> list[Row]:
     """One row per shape, query length, number of rows and of segments."""
     known = limits(device, small)
-    rows = [_measured(case, device, small, known.seconds(case.num_bytes, case.num_flops, case.query.dtype))
-            for case in _cases(device, small)]  # fmt: skip
+    rows = []
+    for case in _cases(device, small):
+        least = known.seconds(case.num_bytes, case.num_flops, case.query.dtype)
+        rows.append(_measured(case, device, small, least))
     if small and device.type == "cpu" and has_triton() and is_interpreting():
         rows.append(_interpreted(Case(TINY, 4, 48, 3, device)))
     return rows
 
 
 def _measured(case: Case, device: torch.device, small: bool, least: float) -> Row:
+    """On a GPU all sides are replayed from graphs; what a call of its own costs there is a column, too."""
     sides: dict[str, Callable[[], object]] = {
-        "ours": case.ours, "contiguous": case.contiguous, "copied": case.copied
-    }  # fmt: skip
+        "ours": attending(case.query, case.segments, case.turn, case.scale),
+        "contiguous": case.contiguous,
+        "copied": case.copied,
+    }
     if not small and (flex := _flex(case)) is not None:
         sides["flex"] = flex
+    sides = {name: replayed(run, device) for name, run in sides.items()}
+    if device.type == "cuda":
+        sides["called"] = case.ours
     found = turns(sides, device, repeat=2 if small else (30 if device.type == "cuda" else 7))
-    return {
+    row = {
         "shape": case.shape.name,
         "backend": backend(device),
         "queries": case.num_queries,
@@ -145,8 +178,12 @@ def _measured(case: Case, device: torch.device, small: bool, least: float) -> Ro
         "of the limit": least / found["ours"],
         "SDPA, one run / ours": found["contiguous"] / found["ours"],
         "rotate, copy, SDPA / ours": found["copied"] / found["ours"],
-        "flex_attention / ours": found["flex"] / found["ours"] if "flex" in found else None,
     }
+    if "flex" in found:
+        row["flex_attention / ours"] = found["flex"] / found["ours"]
+    if "called" in found:
+        row["called from Python, us"] = found["called"] * 1e6
+    return row
 
 
 def _interpreted(case: Case) -> Row:

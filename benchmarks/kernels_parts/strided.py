@@ -11,17 +11,15 @@ product, too: the ratio at which the same rate of products would be reached.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from statistics import median
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from kernels_parts import varlen
-from kernels_parts.clock import turns
+from kernels_parts.clock import is_alone, now, turns
 from kernels_parts.limits import dtype_of, limits
 
 from kvrag.memory.base import Run, Seen
@@ -53,8 +51,8 @@ class Sizes:
     sub_caches: int = 4
 
 
-GPU = Sizes(1 << 20, 4096, (65_536, 16_384), 32, 8, 128, rounds=3)
-CPU = Sizes(32_768, 256, (2048, 512), 4, 2, 64, rounds=3)
+GPU = Sizes(1 << 20, 4096, (65_536, 16_384), 32, 8, 128, rounds=2)
+CPU = Sizes(32_768, 256, (2048, 512), 4, 2, 64, rounds=2)
 SMALL = Sizes(256, 32, (64,), 4, 2, 16, rounds=1)
 
 
@@ -161,10 +159,10 @@ class Reading:
     def _timed(self, name: str, work: Callable[[], Found]) -> Found:
         """Run one step; the device is done before and behind it."""
         _wait(self.text.device)
-        started = _now(self.text.device)
+        started = now(self.text.device)
         found = work()
         _wait(self.text.device)
-        self.took.setdefault(name, []).append(_now(self.text.device) - started)
+        self.took.setdefault(name, []).append(now(self.text.device) - started)
         return found
 
 
@@ -177,34 +175,25 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _is_alone(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
-def _now(device: torch.device) -> float:
-    """Seconds; on one CPU thread those of this process, since whatever else runs would be counted, too."""
-    return time.process_time() if _is_alone(device) else time.perf_counter()
-
-
 def _rate(text: Text, small: bool) -> float:
     """Operations per second of a large matrix product, by the same clock."""
-    if not _is_alone(text.device):
+    if not is_alone(text.device):
         return limits(text.device, small).flops[text.keys.dtype]
     side = 128 if small else 1024
     a, took = torch.randn(side, side), []
     for _ in range(8):
-        started = _now(text.device)
+        started = now(text.device)
         a @ a
-        took.append(_now(text.device) - started)
+        took.append(now(text.device) - started)
     return 2 * side**3 / median(took)
 
 
 def _full(text: Text) -> float:
     _wait(text.device)
-    started = _now(text.device)
+    started = now(text.device)
     text.full()
     _wait(text.device)
-    return _now(text.device) - started
+    return now(text.device) - started
 
 
 def run(device: torch.device, small: bool) -> list[Row]:
@@ -236,7 +225,7 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
     product = 2 * sizes.heads * sizes.stride * sizes.dim
     return {
         "backend": backend(text.device),
-        "clock": "process" if _is_alone(text.device) else "wall",
+        "clock": "process" if is_alone(text.device) else "wall",
         "tokens": sizes.tokens,
         "slots": budget,
         "stride": sizes.stride,
@@ -255,10 +244,13 @@ def _row(text: Text, budget: int, full: float, done: list[Reading], rate: float)
 
 
 def _outputs(reading: Reading) -> Row:
-    """On a GPU, a steady stride's output alone, beside PyTorch's operator if this version has it."""
+    """On a GPU, a steady stride's output alone, beside PyTorch's operator if this version's can do it."""
     sides, device = reading.outputs(), reading.text.device
     if device.type != "cuda":
         return {}
-    if find_spec("torch.nn.attention.varlen") is None:
+    try:
+        sides["varlen"]()
+    except (ImportError, RuntimeError, TypeError) as error:  # what it takes differs from release to release
+        print(f"varlen_attn: {error}")
         del sides["varlen"]
     return {f"{name} ms": 1e3 * took for name, took in turns(sides, device, repeat=5).items()}

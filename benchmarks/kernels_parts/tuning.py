@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from kernels_parts.clock import seconds
+from kernels_parts.clock import replayed, seconds
 from kernels_parts.limits import limits
 from kernels_parts.segment import LLAMA, QWEN, Case
 
@@ -28,7 +28,8 @@ def _tuned(case: Case, device: torch.device, small: bool) -> dict[str, Any]:
 
     def timed(tuning: Tuning | None) -> tuple[float, Tuning]:
         made = StaticAttention(case.query, [case.segments], [case.turn], scale=case.scale, tuning=tuning)
-        return seconds(lambda: made(case.query), device, repeat=10), made.tuning
+        run = replayed(lambda: made(case.query), device)
+        return seconds(run, device, repeat=10), made.tuning
 
     taken, chosen = timed(None)
     packed = case.shape.heads // case.shape.kv_heads * case.num_queries
