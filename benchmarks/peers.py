@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, sides: Sides, found: dict[str, Any]) -> No
     found["turn"] = {
         "requests": args.requests,
         "documents": args.turn_documents,
-        "sides": turn(sides, [pool.ask(numbers) for numbers in drawn]),
+        "sides": turn(sides, [pool.ask(numbers) for numbers in drawn], args.turn_kinds),
     }
     found["shares"] = {
         f"{skew:g}": shares(
@@ -133,6 +133,7 @@ def main() -> None:
     )
     parser.add_argument("--llama", default=os.environ.get(VARIABLE), help="Python of its environment")
     parser.add_argument("--kinds", nargs="+", default=["F32", "BF16", "Q8_0"], help="of llama.cpp's weights")
+    parser.add_argument("--turn-kinds", nargs="+", default=["Q8_0"], help="of those, in the row of requests")
     parser.add_argument("--shape", choices=SHAPES, default="0.5B", help="of the random model")
     parser.add_argument("--documents", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tokens", type=int, default=512, help="per document")
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=32, help="documents that there are")
     parser.add_argument("--requests", type=int, default=10, help="of the turn")
     parser.add_argument("--turn-documents", type=int, default=4, help="of each of its requests")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", type=int, default=3, help="how often a round takes what takes no second")
     parser.add_argument(
         "--decode", type=int, default=17, help="tokens of an answer; all but the first are timed"
@@ -149,6 +150,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write conditions and figures here")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, once, without llama.cpp")
     args = parser.parse_args()
+    if not set(args.turn_kinds) <= set(args.kinds):
+        parser.error(f"--turn-kinds {' '.join(args.turn_kinds)}: expected some of --kinds")
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -124,7 +124,7 @@ def test_a_reused_beginning_changes_no_token(bench: dict[str, ModuleType], sides
 
 def test_a_row_of_requests(bench: dict[str, ModuleType], sides: Any) -> None:
     pool = sides.pool
-    found = bench["taking"].turn(sides, [pool.ask(documents) for documents in ((0, 1), (0, 2), (4, 5))])
+    found = bench["taking"].turn(sides, [pool.ask(documents) for documents in ((0, 1), (0, 2), (4, 5))], ())
     assert found["transformers"]["reused"] == pytest.approx(1 / 6)
     assert found["kvrag"]["reused"] == found["TurboRAG's way"]["reused"] == 1
     assert all(took["total"] >= took["median"] > 0 for took in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -193,7 +194,7 @@ def _losses(found: Data) -> list[str]:
         if new["each"] < _CLEARLY * ours["each"]:
             ahead = new["first"] - ours["first"]
             until = 1 + ahead / (ours["each"] - new["each"])
-            length = f"from {until:,.0f} tokens on" if ahead > 0 else "at any length"
+            length = f"from {math.ceil(until):,} tokens on" if ahead > 0 else "at any length"
             times, how = ours["each"] / new["each"], _CASES["warm" if side in _STORED else "full"]
             made.append(
                 f"- {_title(side)}: each further token, {times:.2g} times as fast; its whole answer {how} "

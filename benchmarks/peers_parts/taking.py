@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -123,15 +123,21 @@ def _stored(sides: Sides, name: str, side: Ours | TurboRag, count: int) -> None:
         sides.note(name, "warm", side.ask(pool.ask(warmed), new_tokens))
 
 
-def turn(sides: Sides, requests: list[Request]) -> dict[str, dict[str, float]]:
-    """Requests one after the other, every side keeping what it can: median, sum, share that was not read."""
+def turn(sides: Sides, requests: list[Request], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Requests one after the other, every side keeping what it can: median, sum, share that was not read.
+
+    Args:
+        sides: all.
+        requests: in order.
+        kinds: of llama.cpp's weights that take part.
+    """
     sides.plain.forget()
-    if sides.llama:
-        for kind in sides.llama.kinds:
+    for kind in kinds:
+        if sides.llama:
             sides.llama.forget(kind)
     taken: dict[str, list[Took]] = {}
     for request in requests:
-        for name, ask in _asking(sides):
+        for name, ask in _asking(sides, kinds):
             taken.setdefault(name, []).append(ask(request))
     tokens = sum(len(request.documents) for request in requests) * sides.pool.document_tokens
     sides.plain.forget()
@@ -147,10 +153,10 @@ def turn(sides: Sides, requests: list[Request]) -> dict[str, dict[str, float]]:
     }
 
 
-def _asking(sides: Sides) -> Iterator[tuple[str, Callable[[Request], Took]]]:
+def _asking(sides: Sides, kinds: Sequence[str]) -> Iterator[tuple[str, Callable[[Request], Took]]]:
     prompt, llama = sides.pool.prompt, sides.llama
     yield "transformers", lambda request: sides.plain.ask(prompt(request), 1)
-    for kind in llama.kinds if llama else ():
+    for kind in kinds if llama else ():
 
         def ask(request: Request, kind: str = kind) -> Took:
             assert llama is not None
