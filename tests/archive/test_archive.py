@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvrag.archive.archive import Archive, ArchiveReport
+from kvrag.archive.rekey import rekey_archive
 from kvrag.archive.span import Mark, Span
 from kvrag.errors import ConfigError, CorpusLocked, InputError, StoreWriteError
 from kvrag.store.base import KVStore
@@ -281,6 +282,9 @@ def test_a_store_with_another_key_still_has_every_span(open_archive: Opener, tmp
     archive.close()
     archive._store.close()
     rekey(tmp_path / "store", old, new)
+    with pytest.raises(ConfigError, match="the archive is encrypted with the key"):
+        open_archive(DiskStore(tmp_path / "store", key=new))
+    assert rekey_archive(tmp_path / "chroma", old, new) == len(spans)
     archive = open_archive(DiskStore(tmp_path / "store", key=new))
     for kv, mine in zip(archive.load(archive.spans("a")), spans, strict=True):
         assert kv is not None
