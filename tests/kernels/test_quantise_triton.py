@@ -22,7 +22,10 @@ pytest.importorskip("triton", reason="the extra kvrag[triton] is not installed")
 
 from kvrag_kernels.quantise.kernel import dequantise_triton, quantise_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 CPU, GPU = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
 FORMS: tuple[Form, ...] = ("fp8", "int8", "int4")
@@ -112,6 +115,24 @@ def test_unpacks_as_the_definition_does(
     found = dequantise_triton(there, torch.float32, on(device, turn))
     for mine, theirs in zip(found, expected, strict=True):
         assert float((mine.cpu() - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_hundred_runs_on_a_gpu_are_equal_bit_for_bit(form: Form, generator: torch.Generator) -> None:
+    keys, values, turn = made((3001, 128, 128, 64, 0, False), torch.bfloat16, generator)
+    there, keys, values = on("cuda", turn), keys.cuda(), values.cuda()
+    packed = quantise_triton(keys, values, form, there)
+    unpacked = dequantise_triton(packed, torch.bfloat16, there)
+    for _ in range(100):
+        again = quantise_triton(keys, values, form, there)
+        assert all(_same_bits(a, b) for a, b in zip(packed.tensors, again.tensors, strict=True))
+        rows = dequantise_triton(packed, torch.bfloat16, there)
+        assert all(_same_bits(a, b) for a, b in zip(unpacked, rows, strict=True))
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def test_every_eight_bit_float_is_read(generator: torch.Generator) -> None:
