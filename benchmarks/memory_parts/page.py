@@ -29,10 +29,12 @@ is a choice: the shorter half-life suits chats in which everything told is news,
 hay. It knows nothing of questions, and so where they repeat themselves a cascade of many sub-caches is
 ahead.
 
-What the archive misses at 100 budgets it nearly always has among its 16 messages and brings back; but
-beside messages that say the same of somebody else the reader takes the wrong one (16 of 20 misses that were
-looked at; in the others the search found another attribute of the right person). With the right message
-alone it answers: see the control.
+What the archive misses at 100 budgets the search has mostly found, but not first, and the question looks
+longer at a message that says the same of somebody else. Each alone picks another wrong one: of 896
+questions asked to choose the rule (other chats than these), the search found the right message first in
+69 %, attention in 95 %, their product in 97 %; answers were right in 91 to 92 % before and 96 to 97 %
+after. In 2 % the search did not find it among 16, because the telling uses other words. With the right
+message alone it answers: see the control.
 """
 
 
@@ -142,10 +144,11 @@ def _archive(m: Measured) -> list[str]:
             "tokens that come",
             "back. Every message was archived as it was read. The question's words find 16 messages",
             "(an embedding",
-            "of hashed words); the question looks at them, and those that layer 1 of the last row",
-            "looks at most",
-            "(squared mass) come back, as many as fit, re-positioned behind the system message. For",
-            "that look the",
+            "of hashed words); the question looks at them, and what its last row pays each, over all",
+            "layers, times the",
+            "similarity as a share of the greatest one's to the power of 4, decides: four at most come",
+            "back, none below",
+            "half of the best, as many as fit, re-positioned behind the system message. For that look the",
             "16 messages' rows are there beside the memory.",
         ),
     ]

@@ -154,7 +154,7 @@ def test_other_keys_for_an_archive(reader: Model, tmp_path: Path, tenant: Tenant
     ):
         assert archive.spans("a") == expected
         (found,) = archive.search("a", QUESTION, 1)
-        assert (found.text, found.distance) == (near.text, pytest.approx(near.distance))
+        assert (found.text, found.similarity) == (near.text, pytest.approx(near.similarity))
     assert rekey_archive(chats, OTHER, None) == 1
     with (
         Engine(reader, DiskStore(tmp_path / "plain"), tenant=tenant) as engine,
