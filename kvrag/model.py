@@ -101,7 +101,10 @@ class Model:
 
         source = str(reader.path()) if str(name) == READER else str(name)
         if _is_path(source) and not Path(source).exists():
-            raise ConfigError(f"model {source!r} could not be loaded: there is no such folder")
+            raise ConfigError(
+                f"model {source!r} could not be loaded: there is no such folder. "
+                "Give a folder with config.json and weights"
+            )
         where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = _dtype(dtype, where)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -75,7 +75,7 @@ def test_the_doctor_is_content_with_a_good_model(run: Run, model: Path) -> None:
     done = run("doctor", model, "--questions", "1")
     assert done.status == 0
     assert "exact to rounding" in done.out
-    assert "against full attention (1 questions over 8 documents, 9 tokens each)" in done.out
+    assert "against full attention (1 question over 8 documents, 9 tokens each)" in done.out
     assert "recommended: " in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines()[1:])  # the first one has the model's name
     assert "speeds, measured on this machine" in done.out
