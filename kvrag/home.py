@@ -200,6 +200,11 @@ class Home:
         """
         self.settings()
         if not self.has_collection():
+            if self.tenant is not None:
+                raise InputError(
+                    f"tenant {self.tenant.name!r} has no collection {self._named!r} in {self.path}, "
+                    "or has it with another secret; run: kvrag ingest PATH, or give the secret of then"
+                )
             raise InputError(
                 f"there is no collection {self._named!r} in {self.path}; run: kvrag ingest PATH, "
                 "or name another with --collection"
