@@ -184,7 +184,7 @@ def test_a_window_keeps_the_first_and_the_last(
 
 
 def test_a_window_needs_room_beside_its_sinks() -> None:
-    with pytest.raises(ConfigError, match="needs 5"):
+    with pytest.raises(ConfigError, match="need 5"):
         Window(4)
 
 

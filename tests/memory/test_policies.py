@@ -55,7 +55,7 @@ def test_budgets(budget: int | str, tokens: int) -> None:
         ("cascade", {"budget": "5KB", "bytes_per_token": 6000}, "less than one token"),
         ("cascade", {"budget": -3}, "less than one token"),
         ("cascade", {"budget": 99, "span": 2}, "no setting 'span'"),
-        ("window", {"budget": 3}, "needs 5"),
+        ("window", {"budget": 3}, "need 5"),
         ("full", {"budget": 3}, "no budget"),
         ("ladder", {"budget": 99}, "needs the setting 'span'"),
     ],
