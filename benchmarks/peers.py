@@ -36,7 +36,7 @@ from peers_parts.ours import Ours
 from peers_parts.plain import Plain
 from peers_parts.taking import Sides, documents, turn
 from peers_parts.turborag import TurboRag
-from ttft import SHAPES, SMOKE, Shape, _processor, build
+from ttft import SHAPES, SMOKE, Shape, build, processor
 
 from kvrag.model import Model, quiet
 from kvrag.prefill import encode
@@ -51,7 +51,7 @@ def conditions(args: argparse.Namespace, shape: Shape, model: Model) -> dict[str
     """Everything needed to read the figures."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": _processor(),
+        "device": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

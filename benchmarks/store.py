@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from store_parts import answering, codecs, many, page, reading, writing
 from store_parts.corpus import SMOKE, Size, make
-from ttft import _processor
+from ttft import processor
 
 from kvrag.model import quiet
 
@@ -30,7 +30,7 @@ def conditions(args: argparse.Namespace, size: Size, folder: Path) -> dict[str, 
     """Everything needed to read the figures."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": _processor(),
+        "device": processor(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "file_system": _file_system(folder),

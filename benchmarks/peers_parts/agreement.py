@@ -8,8 +8,11 @@ from peers_parts.plain import stock_attention
 from peers_parts.taking import Sides
 from peers_parts.turborag import TurboRag
 
-ALLOWED = {"TurboRAG's way": 1e-3, "llama.cpp F32": 2e-2}
-"""Largest difference of logits, in standard deviations of the logits, above which nothing is measured."""
+ALLOWED = {"TurboRAG's way": 1e-3, "llama.cpp F32": 1e-1}
+"""Largest difference of logits, in standard deviations of the logits, above which nothing is measured.
+
+llama.cpp's rows are float16, and over thousands of tokens that shows in the second digit.
+"""
 
 
 @torch.inference_mode()

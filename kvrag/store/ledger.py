@@ -32,7 +32,7 @@ from kvrag.store.layout import Damaged, Manifest
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_MAX_TRIES = 4
+_MAX_TRIES = 8
 
 
 class Ledger:
