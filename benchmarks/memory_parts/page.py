@@ -184,10 +184,8 @@ def _passkeys(m: Measured) -> list[str]:
 def _widest(cells: dict[tuple[Any, ...], Cell]) -> str:
     asked = [c["asked"] for c in cells.values()]
     widest = max(c["high"] - c["low"] for c in cells.values())
-    return (
-        f"{min(asked)} to {max(asked)} questions a cell; intervals reach at most {50 * widest:.1f} points to "
-        "either side."
-    )
+    counts = " to ".join(dict.fromkeys(map(str, (min(asked), max(asked)))))
+    return f"{counts} questions a cell; intervals reach at most {50 * widest:.1f} points to either side."
 
 
 def _grid(
