@@ -11,6 +11,7 @@ import torch
 from kvrag.attention import Fixed, Looking
 from kvrag.citations import Seen
 from kvrag.compose import Arrangement, Composed
+from kvrag.errors import ConfigError
 from kvrag.focus.focus import Focus, Staircase
 from kvrag.focus.placement import Placed
 from kvrag.focus.policy import Policy
@@ -87,7 +88,13 @@ def looking(
 
     Raises:
         ContextOverflow: question and prefix, or one document, do not fit into the positions.
+        ConfigError: the pruning goes by the search's similarities, too, and nobody gave them.
     """
+    if policy.pruning is not None and policy.pruning.nearness:
+        raise ConfigError(
+            f"nearness={policy.pruning.nearness} needs each document's similarity to the question: kvrag.ask "
+            "knows them; for a prompt of your own, give pruning.nearer(similarities)"
+        )
     room = Room.of(arrangement, policy.placement, model.max_length, max_new_tokens)
     heats = yield from running(model, arrangement, policy, room.capacity)
     if not heats.heats:

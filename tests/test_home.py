@@ -301,6 +301,9 @@ def test_the_search_has_a_say_in_pruning(home: Home, engine: Engine) -> None:
     assert kept.text == nearest.text
     with pytest.raises(ConfigError, match="does not prune"):
         policy_of("plain", nearness=4.0)
+    texts_only = [LIGHTHOUSE, FERRY]
+    with pytest.raises(ConfigError, match=r"nearness=.*give pruning.nearer"):  # nobody searched
+        engine.answer("\n".join([*texts_only, "When?"]), texts_only, policy=policy, sampling=SHORT)
 
 
 def test_a_policy_keeps_what_is_not_set() -> None:

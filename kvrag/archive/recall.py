@@ -16,7 +16,7 @@ from kvrag.archive.cutting import MAX_TOKENS, Cutter
 from kvrag.archive.records import Archived
 from kvrag.archive.span import Mark, Span
 from kvrag.errors import ConfigError, CorpusLocked, StoreWriteError
-from kvrag.focus.scoring import AttentionScore, Scorer, nearness
+from kvrag.focus.scoring import AttentionScore, Scorer, weighed
 from kvrag.fresh import FreshRows
 from kvrag.memory.reading import StrideRows
 from kvrag.model import Model
@@ -209,8 +209,9 @@ class SpanRecalls:
         for layer, (mass, focus) in enumerate(zip(read.mass[:, own], read.focus[:, own], strict=True)):
             added = self._recall.scorer.score(layer, mass, focus)
             scores = [score + more for score, more in zip(scores, added, strict=True)]
-        weights = nearness([one.span.similarity for one in candidates], self._recall.nearness)
-        return [score * weight for score, weight in zip(scores, weights, strict=True)]
+        if not self._recall.nearness:
+            return scores
+        return weighed(scores, [one.span.similarity for one in candidates], self._recall.nearness)
 
     def note(self, stride: StrideRows) -> None:
         """See `Recalls`."""

@@ -30,7 +30,8 @@ class Pruning:
         below: drop what scores below this share of the best score instead, never fewer left than `keep`.
         scorer: what decides; the lowest running score goes first, at equal scores the later document.
         nearness: how much the similarity that the retriever saw counts beside it, see `NearScore`; 0: not at
-            all. It is known where kvrag itself searches (`kvrag.ask`, `kvrag ask`), or given by `nearer`.
+            all. It is known where kvrag itself searches (`kvrag.ask`, `kvrag ask`), or given by `nearer`;
+            elsewhere it is an error.
         heats: what happens before where documents do not fit into the window; None: they share positions.
         together: chunks of one source are kept or dropped together, by the "sum" of their scores or the
             "max"; `keep` and `drop` then count sources. None: each on its own.

@@ -131,9 +131,7 @@ class NearScore:
         """See `Scorer`."""
         if len(self.similarities) != len(mass):
             raise ConfigError(f"{len(self.similarities)} similarities for {len(mass)} documents")
-        seen = self.scorer.score(layer, mass, focus)
-        weights = nearness(self.similarities, self.power)
-        return [score * weight for score, weight in zip(seen, weights, strict=True)]
+        return weighed(self.scorer.score(layer, mass, focus), self.similarities, self.power)
 
     def among(self, documents: Sequence[int]) -> NearScore:
         """The same for some of the documents."""
@@ -143,15 +141,23 @@ class NearScore:
         return NearScore(near, self.power, among(self.scorer, documents))
 
 
-def nearness(similarities: Sequence[float], power: float) -> list[float]:
-    """Similarities as shares of the greatest one, to a power; all 1 if none is above 0.
+def weighed(scores: Sequence[float], similarities: Sequence[float], power: float) -> list[float]:
+    """Scores times similarities, these as shares of the greatest one, to a power; 1 if none is above 0.
 
-    >>> nearness([0.8, 0.4, -0.1], 2.0)
-    [1.0, 0.25, 0.0]
+    Raises:
+        ConfigError: a score is below 0, which a small weight would raise.
+
+    >>> weighed([1.0, 2.0, 3.0], [0.8, 0.4, -0.1], 2.0)
+    [1.0, 0.5, 0.0]
     """
+    if min(scores, default=0.0) < 0:
+        raise ConfigError(
+            "scores below 0 cannot be weighed by similarities; take an AttentionScore, or nearness 0"
+        )
     near = [max(0.0, similarity) for similarity in similarities]
     most = max(near, default=0.0)
-    return [(one / most) ** power if most else 1.0 for one in near]
+    weights = [(one / most) ** power if most else 1.0 for one in near]
+    return [score * weight for score, weight in zip(scores, weights, strict=True)]
 
 
 def among(scorer: Scorer, documents: Sequence[int]) -> Scorer:

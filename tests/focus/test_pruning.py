@@ -121,6 +121,8 @@ def test_the_search_and_attention_decide_together() -> None:
         NearScore((0.1, 0.2)).score(0, mass, mass)
     with pytest.raises(ConfigError, match="similarities for more documents"):
         near.among([3])
+    with pytest.raises(ConfigError, match="scores below 0 cannot be weighed"):
+        NearScore((0.4, 0.8, 0.1), scorer=RankScore()).score(0, mass, mass)
     with pytest.raises(ConfigError, match="power=-1"):
         NearScore((0.1,), power=-1.0)
 
