@@ -16,6 +16,7 @@ import chromadb
 from chromadb.api.client import Client
 
 from kvrag.errors import CorpusError, CorpusLocked
+from kvrag.graph_files import GraphFiles
 from kvrag.store.files import try_lock
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class FolderDatabase:
         self._stale = False
         self._descriptor = -1
         self._writers = 0
+        self._graphs = GraphFiles(folder)
         self.users = 0
 
     @contextmanager
@@ -117,6 +119,7 @@ class FolderDatabase:
             try:
                 yield client
             finally:
+                self._graphs.blank()
                 self._move_counter()
 
     def begin_writing(self) -> None:
