@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from ttft import Shape, build
 
+from kvrag.encoding import encode
 from kvrag.model import Model, quiet
-from kvrag.prefill import encode
 from kvrag.reader.world import World
 from kvrag.segments import KV
 from kvrag.store import layout, planes

@@ -38,8 +38,8 @@ from peers_parts.taking import Sides, documents, turn
 from peers_parts.turborag import TurboRag
 from ttft import SHAPES, SMOKE, Shape, build, processor
 
+from kvrag.encoding import encode
 from kvrag.model import Model, quiet
-from kvrag.prefill import encode
 
 VARIABLE = "KVRAG_PEERS_LLAMA"
 MISSING = f"""llama.cpp is left out: name a Python that has it by --llama or {VARIABLE}; to make one:

@@ -40,11 +40,12 @@ from ttft import SMOKE, Shape, build
 from kvrag.attention import Looking
 from kvrag.caches import Caches
 from kvrag.compose import compose
+from kvrag.encoding import encode
 from kvrag.focus import policy as presets
 from kvrag.focus.policy import Policy
 from kvrag.looking import look
 from kvrag.model import READER, Model, quiet
-from kvrag.prefill import encode, read
+from kvrag.prefill import read
 from kvrag.store.disk import DiskStore
 
 ROOT = Path(__file__).parent.parent

@@ -41,10 +41,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvrag.encoding import encode
 from kvrag.errors import UnsupportedModel
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import encode, read
+from kvrag.prefill import read
 from kvrag.segments import Segment, SegmentTable
 from kvrag.testing.models import randomize, tiny_tokenizer
 

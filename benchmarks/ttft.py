@@ -31,9 +31,10 @@ from kvrag import backbone
 from kvrag.baseline import OrdinaryAnswer, ordinary_answer
 from kvrag.config import Sampling
 from kvrag.decode import Behind, choice, steps
+from kvrag.encoding import encode
 from kvrag.fresh import FreshRows
 from kvrag.model import Model, quiet
-from kvrag.prefill import Read, encode, read
+from kvrag.prefill import Read, read
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
 from kvrag.store.disk import DiskStore
 from kvrag.store.key import EntryKey

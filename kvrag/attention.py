@@ -11,12 +11,12 @@ import torch
 from kvrag.backbone import AttentionCall
 from kvrag.errors import UnsupportedModel
 from kvrag.fresh import FreshRows
+from kvrag.layout import Layout, turn_of
 from kvrag.rotary import LayerSpec, rotate
-from kvrag.segments import KV, LayerKV, Segment, SegmentTable
+from kvrag.segments import Segment, SegmentTable
 from kvrag_kernels import (
     Attended,
     Group,
-    RowMask,
     Rows,
     Turn,
     column_mass,
@@ -24,100 +24,6 @@ from kvrag_kernels import (
     parted_attention,
     segment_attention,
 )
-
-
-class Layout:
-    """Who sees what for one kind of layer and one set of segments; the same for all such layers of a pass."""
-
-    def __init__(
-        self, spec: LayerSpec, segments: Sequence[Segment], positions: torch.Tensor, fresh: Sequence[int]
-    ) -> None:
-        shifts = torch.tensor([*(s.shift for s in segments), 0], device=positions.device)
-        self.turn: Turn | None = None
-        if spec.rotation is not None:
-            # Fresh keys lie at absolute positions: their turn is the position itself.
-            self.turn = spec.rotation.turn(positions[None] - shifts[:, None])
-        self.own_turn = _last(self.turn)
-        self.spans = [_span(s, spec.window, positions) for s in segments]
-        self.grouped = [s.document is not None for s in segments]
-        self.is_causal = not fresh and spec.window is None and len(positions) > 1
-        self.fresh_mask = None if self.is_causal else _fresh_mask(spec.window, positions, fresh)
-
-    def rows(self, kvs: Sequence[LayerKV], fresh: tuple[torch.Tensor, torch.Tensor]) -> list[Rows]:
-        """This layer's rows, nothing copied."""
-        placed = [
-            Rows(
-                kv.keys[None, :, start:],
-                kv.values[None, :, start:],
-                first_row=first,
-                mask=mask,
-                in_group=group,
-            )
-            for kv, (start, first, mask), group in zip(kvs, self.spans, self.grouped, strict=True)
-        ]
-        placed.append(Rows(*fresh, mask=self.fresh_mask, causal=self.is_causal))
-        return placed
-
-
-def _last(turn: Turn | None) -> Turn | None:
-    """The turn for the last segment alone."""
-    return turn and turn_of(turn, len(turn.cos) - 1)
-
-
-def turn_of(turn: Turn, i: int) -> Turn:
-    """The turn for one segment."""
-    return Turn(turn.cos[i : i + 1], turn.sin[i : i + 1], turn.start, turn.interleaved)
-
-
-def _span(segment: Segment, window: int | None, positions: torch.Tensor) -> tuple[int, int, RowMask | None]:
-    """First column that is read, first query row that reads, and the mask where more is hidden.
-
-    Hidden are columns that a window has left behind, rows that fresh ones stand for, and, to those fresh
-    rows, what comes after their own place.
-    """
-    first = min(segment.first_row, positions.shape[0])
-    if first >= positions.shape[0]:
-        return 0, first, None
-    start = _num_leading(segment.hidden)
-    seen_from = None
-    if window is not None:
-        # columns before this are too far back
-        seen_from = (positions[first:] - segment.target - window + 1).clamp_min(0)
-        start = min(max(start, int(seen_from.min())), segment.kv.num_tokens)
-        if int(seen_from.max()) <= start:
-            seen_from = None
-    hidden = [i - start for i in segment.hidden if i >= start]
-    if seen_from is None and not hidden and not segment.standing:
-        return start, first, None
-    columns = torch.arange(start, segment.kv.num_tokens, device=positions.device)
-    allowed = torch.ones(len(positions) - first, len(columns), dtype=torch.bool, device=positions.device)
-    if seen_from is not None:
-        allowed &= columns[None] >= seen_from[:, None]
-    if hidden:
-        allowed[:, hidden] = False
-    if segment.standing:
-        own = segment.hidden[len(segment.hidden) - segment.standing :][: len(positions) - first]
-        allowed[: len(own)] &= columns[None] < torch.tensor(own, device=positions.device)[:, None]
-    return start, first, RowMask(allowed)
-
-
-def _num_leading(hidden: Sequence[int]) -> int:
-    """How many of the first rows are hidden without a gap."""
-    return next((i for i, row in enumerate(hidden) if row != i), len(hidden))
-
-
-def _fresh_mask(window: int | None, positions: torch.Tensor, earlier: Sequence[int]) -> RowMask | None:
-    """Causal by order, windowed by position; None where every row is seen."""
-    rows, before = positions.shape[0], len(earlier)
-    if rows == 1 and window is None:
-        return None
-    allowed = torch.ones(rows, before + rows, dtype=torch.bool, device=positions.device).tril(before)
-    if window is not None:
-        everywhere = torch.cat(
-            (torch.tensor(earlier, dtype=positions.dtype, device=positions.device), positions)
-        )
-        allowed &= (positions[:, None] - everywhere[None]) < window
-    return RowMask(allowed)
 
 
 class Tables(Protocol):
@@ -428,7 +334,7 @@ class TableReading:
 
     def take_mask(self, layer: int, mask: Any) -> None:
         """Refuse a mask that the modelling code made by itself."""
-        _refuse_mask(layer, mask)
+        refuse_mask(layer, mask)
 
 
 def _spread(mass: torch.Tensor, read: Sequence[int], num_segments: int) -> torch.Tensor:
@@ -440,65 +346,11 @@ def _spread(mass: torch.Tensor, read: Sequence[int], num_segments: int) -> torch
     return full
 
 
-class EncodeReading:
-    """Reads a batch of texts, each on its own behind one prefix, and keeps their keys and values.
+def refuse_mask(layer: int, mask: Any) -> None:
+    """Refuse a mask that the modelling code made by itself.
 
-    Texts are padded on the right; a causal text never sees its padding. Every text starts right behind the
-    prefix.
-
-    Attributes:
-        kept: keys, not rotated, and values of each layer, [B, K, T, D] and [B, K, T, Dv].
+    Raises:
+        UnsupportedModel: there is one.
     """
-
-    def __init__(
-        self, specs: Sequence[LayerSpec], prefix: KV | None, num_rows: int, *, device: torch.device
-    ) -> None:
-        """Prepare for texts of up to `num_rows` tokens."""
-        self.specs = specs
-        self.prefix = prefix
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._local = torch.arange(num_rows, device=device)
-        self._turns: dict[LayerSpec, Turn | None] = {}
-
-    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
-        """Causal attention of each text to the prefix and itself."""
-        spec = self.specs[layer]
-        before = self.prefix.num_tokens if self.prefix is not None else 0
-        turn = self._turn(spec, before)
-        keys = rotate(call.key, _last(turn))  # rows 0..n-1 of the text's own segment
-        self.kept.append((call.key, call.value))
-        mask = _fresh_mask(spec.window, self._local, ()) if spec.window is not None else None
-        rows = [Rows(keys, call.value, mask=mask, causal=mask is None)]
-        if self.prefix is not None:
-            kv = self.prefix.layers[layer]
-            start, _, cut = _span(Segment(self.prefix, 0), spec.window, self._local + before)
-            rows.insert(0, Rows(kv.keys[None, :, start:], kv.values[None, :, start:], mask=cut))
-        return segment_attention(
-            call.query,
-            rows,
-            turn,
-            scale=call.scale * spec.score_factor(call.query.dtype),
-            softcap=call.softcap,
-            sinks=call.sinks,
-        ).out
-
-    def _turn(self, spec: LayerSpec, before: int) -> Turn | None:
-        if spec.rotation is None:
-            return None
-        if spec not in self._turns:
-            positions = [self._local] if self.prefix is None else [self._local + before, self._local]
-            self._turns[spec] = spec.rotation.turn(torch.stack(positions))
-        return self._turns[spec]
-
-    def mask(self, predicate: Any) -> Any:
-        """The layers get no mask: who sees what is decided here."""
-        return None
-
-    def take_mask(self, layer: int, mask: Any) -> None:
-        """Refuse a mask that the modelling code made by itself."""
-        _refuse_mask(layer, mask)
-
-
-def _refuse_mask(layer: int, mask: Any) -> None:
     if mask is not None:
         raise UnsupportedModel(f"layer {layer} got an attention mask that kvrag did not make")

@@ -10,10 +10,11 @@ from typing import Any, TypeVar, cast
 
 from kvrag.choosing import NO_STORE, Chooser, Pair, Tokens, Wanted, runs_of
 from kvrag.costs import CostTable, check_recompute
+from kvrag.encoding import Run, encode_runs, encoding_runs
 from kvrag.errors import StoreWriteError
 from kvrag.metrics import Metrics
 from kvrag.model import Model
-from kvrag.prefill import Read, Run, Work, alone, encode_runs, encoding_runs
+from kvrag.prefill import Read, Work, alone
 from kvrag.segments import KV
 from kvrag.speeds import Speeds
 from kvrag.store.base import KVStore

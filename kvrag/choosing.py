@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvrag.costs import NO_SPEEDS, Recompute, choose, clearly_loaded, forced
+from kvrag.encoding import Run
 from kvrag.metrics import Metrics
-from kvrag.prefill import Run
 from kvrag.speeds import Speeds
 from kvrag.store.base import KVStore
 from kvrag.store.found import Place, locate, tiers_of

@@ -1,4 +1,4 @@
-"""Reading known tokens: texts behind a prefix, and a prompt's fresh tokens over a segment table.
+"""Reading a prompt's fresh tokens over a segment table.
 
 What takes several passes is written as a generator that asks for them (`Work`), so that whoever runs it can
 read for others in between or in the same pass; `alone` runs it at once.
@@ -6,19 +6,18 @@ read for others in between or in the same pass; `alone` runs it at once.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
 
-from kvrag.attention import EncodeReading, Fixed, Looking, TableReading, Tables
+from kvrag.attention import Fixed, Looking, TableReading, Tables
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.rotary import LayerSpec, rotate
-from kvrag.segments import KV, LayerKV, SegmentTable
-from kvrag.worker import PAUSE, Ask
+from kvrag.segments import SegmentTable
+from kvrag.worker import Ask
 
 STRIDE = 2048
 T = TypeVar("T")
@@ -72,163 +71,6 @@ def alone(model: Model, work: Work[T]) -> T:
     except StopIteration as end:
         done: T = end.value
         return done
-
-
-def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Group texts of similar length so that no padded batch exceeds the budget.
-
-    Args:
-        lengths: tokens of each text.
-        token_budget: most tokens of a batch, padding included; a longer text is a batch of its own.
-
-    Yields:
-        Numbers of the texts of one batch; every number comes exactly once.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    batch: list[int] = []
-    for i in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens that are read one behind the other, and the texts among them whose rows are wanted.
-
-    Attributes:
-        tokens: at least one.
-        texts: first token of each text and the one behind its last.
-    """
-
-    tokens: tuple[int, ...]
-    texts: tuple[tuple[int, int], ...]
-
-
-def encode(
-    model: Model, texts: Sequence[Sequence[int]], prefix: KV | None = None, *, token_budget: int = 2048
-) -> list[KV]:
-    """Read texts independently of each other, each right behind the prefix (CacheFocus, sec. 1).
-
-    Args:
-        model: the decoder.
-        texts: tokens of each text, at least one each.
-        prefix: rows of the shared prefix; None for none.
-        token_budget: most tokens per forward pass, padding included; a longer text is read in strides.
-
-    Returns:
-        One KV per text, in order; the prefix's rows are not part of it.
-    """
-    runs = [Run(tuple(text), ((0, len(text)),)) for text in texts]
-    return [kv for (kv,) in encode_runs(model, runs, prefix, token_budget=token_budget)]
-
-
-def encode_runs(
-    model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
-) -> list[list[KV]]:
-    """Read runs at once; see `encoding_runs`."""
-    return alone(model, encoding_runs(model, runs, prefix, token_budget=token_budget))
-
-
-def encoding_runs(
-    model: Model, runs: Sequence[Run], prefix: KV | None = None, *, token_budget: int = 2048
-) -> Work[list[list[KV]]]:
-    """Read runs independently of each other, each right behind the prefix and each token once.
-
-    Rows of a text are those it has behind the prefix and the tokens of its run before it. Its keys are
-    rotated at its own positions 0..n-1, so that it can appear anywhere, with or without what stood there.
-
-    Args:
-        model: the decoder.
-        runs: what is to be read.
-        prefix: rows of the shared prefix; None for none.
-        token_budget: most tokens per forward pass, padding included; a longer run is read in strides.
-
-    Returns:
-        For each run, one KV per text of it.
-    """
-    found: dict[int, list[KV]] = {}
-    for batch in batches([len(run.tokens) for run in runs], token_budget):
-        some = [runs[i] for i in batch]
-        is_long = len(some[0].tokens) > token_budget
-        if is_long:
-            rows = yield from _in_strides(model, some[0], prefix, token_budget)
-        else:
-            rows = _rows(model, some, prefix)
-            yield PAUSE
-        for place, i in enumerate(batch):
-            found[i] = [_text(model.specs, rows, place, runs[i].tokens, *text) for text in runs[i].texts]
-    return [found[i] for i in range(len(runs))]
-
-
-_RawRows = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Keys, not rotated, and values of each layer, [B, K, T, D] and [B, K, T, Dv]."""
-
-
-def _rows(model: Model, runs: Sequence[Run], prefix: KV | None) -> _RawRows:
-    """One forward pass over padded runs."""
-    longest = max(len(run.tokens) for run in runs)
-    ids = torch.zeros(len(runs), longest, dtype=torch.long, device=model.device)
-    for i, run in enumerate(runs):
-        ids[i, : len(run.tokens)] = torch.tensor(run.tokens)
-    reading = EncodeReading(model.specs, prefix, longest, device=model.device)
-    model.run(ids, reading)
-    return reading.kept
-
-
-def _in_strides(model: Model, run: Run, prefix: KV | None, stride: int) -> Work[_RawRows]:
-    """The same for one run, so that memory does not grow with the square of it."""
-    read: list[_RawRows] = []
-    for start in range(0, len(run.tokens), stride):
-        piece = Run(run.tokens[start : start + stride], ())
-        read.append(_rows(model, [piece], prefix))
-        prefix = _extended(model.specs, prefix, piece.tokens, read[-1])
-        yield PAUSE
-    return [
-        (torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2))
-        for layer in zip(*read, strict=True)
-    ]
-
-
-def _extended(specs: Sequence[LayerSpec], prefix: KV | None, tokens: tuple[int, ...], rows: _RawRows) -> KV:
-    """A longer prefix: the rows behind it, their keys rotated once, at the places they have there."""
-    before = 0 if prefix is None else prefix.num_tokens
-    behind = _keep(specs, rows, 0, slice(0, len(tokens)), before)
-    if prefix is None:
-        return KV(tokens, behind)
-    layers = (
-        LayerKV(torch.cat((old.keys, new.keys), dim=1), torch.cat((old.values, new.values), dim=1))
-        for old, new in zip(prefix.layers, behind, strict=True)
-    )
-    return KV(prefix.tokens + tokens, tuple(layers))
-
-
-def _text(
-    specs: Sequence[LayerSpec], rows: _RawRows, i: int, tokens: tuple[int, ...], start: int, end: int
-) -> KV:
-    """One text's rows out of a padded batch."""
-    return KV(tokens[start:end], _keep(specs, rows, i, slice(start, end), 0))
-
-
-def _keep(
-    specs: Sequence[LayerSpec], rows: _RawRows, i: int, part: slice, position: int
-) -> tuple[LayerKV, ...]:
-    """Rows of every layer in memory of their own, keys rotated at positions from `position` on."""
-    device = rows[0][0].device
-    places = torch.arange(position, position + part.stop - part.start, device=device)
-    turns = {s: s.rotation.turn(places) if s.rotation else None for s in dict.fromkeys(specs)}
-    return tuple(
-        LayerKV(_own(rotate(keys[i : i + 1, :, part], turns[spec])), _own(values[i : i + 1, :, part]))
-        for spec, (keys, values) in zip(specs, rows, strict=True)
-    )
-
-
-def _own(rows: torch.Tensor) -> torch.Tensor:
-    """[K, n, D], contiguous, in memory of its own."""
-    return rows[0].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ import torch
 import xxhash
 
 from kvrag.costs import CostTable, PrefillSpeed, Rate
+from kvrag.encoding import Run, encode_runs
 from kvrag.errors import ConfigError
 from kvrag.model import Model
-from kvrag.prefill import Run, encode_runs
 from kvrag.store import advice
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore

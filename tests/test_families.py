@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kvrag.config import Sampling
 from kvrag.decode import Behind, Step, choice, steps
+from kvrag.encoding import Run, encode, encode_runs
 from kvrag.engine import Engine
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import Read, Run, encode, encode_runs, read, read_prompt
+from kvrag.prefill import Read, read, read_prompt
 from kvrag.segments import Segment, SegmentTable
 from kvrag.testing.models import FAMILIES, MAX_LENGTHS, randomize, tiny, tiny_model, tiny_tokenizer
 

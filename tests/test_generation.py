@@ -19,12 +19,13 @@ from kvrag.baseline import ordinary_answer
 from kvrag.compose import compose
 from kvrag.config import Sampling
 from kvrag.decode import Behind, choice, configuration, steps
+from kvrag.encoding import encode
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, ContextOverflow, InputError
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.plan import plan
-from kvrag.prefill import Read, encode, read_prompt
+from kvrag.prefill import Read, read_prompt
 from kvrag.segments import Segment, SegmentTable
 from kvrag.store.memory import MemoryStore
 from kvrag.testing.models import FAMILIES, randomize, tiny, tiny_tokenizer

@@ -15,6 +15,7 @@ import torch
 from kvrag.answer import Answer
 from kvrag.compose import Arrangement, Unit
 from kvrag.config import Sampling
+from kvrag.encoding import encode
 from kvrag.engine import Engine
 from kvrag.focus.heats import Heats
 from kvrag.focus.placement import Placement
@@ -24,7 +25,6 @@ from kvrag.focus.repair import FirstRows, QueryDriven
 from kvrag.heats import Rounds, rounds
 from kvrag.looking import look
 from kvrag.model import Model
-from kvrag.prefill import encode
 from kvrag.room import Room
 from kvrag.store.disk import DiskStore
 from kvrag.testing.models import tiny

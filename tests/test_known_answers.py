@@ -16,6 +16,7 @@ import torch
 from kvrag.answer import Answer
 from kvrag.config import BEFORE, Context, Sampling
 from kvrag.corpus import Corpus
+from kvrag.encoding import Run, encode_runs
 from kvrag.engine import Engine
 from kvrag.errors import DocumentNotFound
 from kvrag.focus.policy import preset
@@ -23,7 +24,6 @@ from kvrag.found import CutLayers, cut
 from kvrag.index import Index
 from kvrag.known import KnownTexts
 from kvrag.model import Model
-from kvrag.prefill import Run, encode_runs
 from kvrag.prompt import RagPrompt
 from kvrag.rotary import rotate
 from kvrag.segments import KV

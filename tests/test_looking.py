@@ -16,6 +16,7 @@ from kvrag.attention import Looking
 from kvrag.compose import Arrangement, Unit
 from kvrag.config import Sampling
 from kvrag.decode import Behind, choice, steps
+from kvrag.encoding import encode
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError, ContextOverflow
 from kvrag.focus.placement import Placement
@@ -25,7 +26,7 @@ from kvrag.focus.repair import Deviation, FirstRows, QueryDriven
 from kvrag.fresh import FreshRows
 from kvrag.looking import Look, deviations, look, place
 from kvrag.model import Model
-from kvrag.prefill import encode, read_prompt
+from kvrag.prefill import read_prompt
 from kvrag.prompt import RagPrompt
 from kvrag.store.disk import DiskStore
 from kvrag.testing.models import tiny

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from kvrag.attention import Looking
 from kvrag.caches import Caches
+from kvrag.encoding import encode
 from kvrag.errors import CacheMiss
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.passes import Passes
-from kvrag.prefill import Read, Want, encode
+from kvrag.prefill import Read, Want
 from kvrag.segments import KV, Segment, SegmentTable
 from kvrag.testing.models import tiny
 from kvrag_kernels import Attended, Group, using

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrag.prefill import encode
+from kvrag.encoding import encode
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("asked", "plain", "turborag", "ours", "agreement", "taking", "page")

@@ -14,10 +14,11 @@ import torch
 
 from kvrag.attention import Looking
 from kvrag.decode import Behind
+from kvrag.encoding import encode
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
 from kvrag.passes import Passes
-from kvrag.prefill import Read, Want, encode
+from kvrag.prefill import Read, Want
 from kvrag.replay import DecodeStep, ReplayedWant, can_replay
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
 from kvrag.testing.models import tiny

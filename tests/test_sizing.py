@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from kvrag.documents import Document
+from kvrag.encoding import encode
 from kvrag.errors import ConfigError, InputError
-from kvrag.prefill import encode
 from kvrag.shapes import ModelShape, of_network, shape_of
 from kvrag.sizing import Sizer, break_even, estimate_size
 from kvrag.store import layout

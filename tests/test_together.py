@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvrag.answer import Answer
 from kvrag.compose import Arrangement, Unit
 from kvrag.config import Sampling
+from kvrag.encoding import encode
 from kvrag.engine import Engine
 from kvrag.errors import ConfigError
 from kvrag.focus.heats import Heats
@@ -25,7 +26,6 @@ from kvrag.focus.together import Together, groups_of, scores_of
 from kvrag.heats import rounds
 from kvrag.looking import look
 from kvrag.model import Model
-from kvrag.prefill import encode
 from kvrag.testing.models import tiny
 
 TEXTS = [f"Part {i} says that the mill of {town} is old." for i, town in enumerate("ABCDEFGH")]

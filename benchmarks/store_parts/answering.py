@@ -9,9 +9,10 @@ import torch
 from store_parts.corpus import best, forget, medians, timed
 from ttft import SMOKE, Shape, build
 
+from kvrag.encoding import encode
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import encode, read
+from kvrag.prefill import read
 from kvrag.segments import Segment, SegmentTable
 from kvrag.store.base import KVStore
 from kvrag.store.disk import DiskStore

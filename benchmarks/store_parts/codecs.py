@@ -9,9 +9,9 @@ import torch
 from ttft import SMOKE, Shape, build
 
 from kvrag.compose import Arrangement, Unit
+from kvrag.encoding import encode
 from kvrag.engine import Engine
 from kvrag.model import Model
-from kvrag.prefill import encode
 from kvrag.trial.codecs import CodecTrial
 from kvrag.trial.prompts import Prepared, Prompts
 from kvrag.trial.samples import cases

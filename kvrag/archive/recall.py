@@ -15,12 +15,13 @@ from kvrag.archive.archive import Archive
 from kvrag.archive.cutting import MAX_TOKENS, Cutter
 from kvrag.archive.records import Archived
 from kvrag.archive.span import Mark, Span
+from kvrag.encoding import Run, encoding_runs
 from kvrag.errors import ConfigError, CorpusLocked, StoreWriteError
 from kvrag.focus.scoring import AttentionScore, Scorer, weighed
 from kvrag.fresh import FreshRows
 from kvrag.memory.reading import StrideRows
 from kvrag.model import Model
-from kvrag.prefill import Run, Want, Work, encoding_runs
+from kvrag.prefill import Want, Work
 from kvrag.segments import KV, Segment, SegmentTable
 from kvrag.sessions.talk import Talk
 from kvrag.store.key import tagged_digest

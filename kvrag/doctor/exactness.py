@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvrag.encoding import encode
 from kvrag.fresh import FreshRows
 from kvrag.model import Model
-from kvrag.prefill import encode, read
+from kvrag.prefill import read
 from kvrag.segments import KV, Segment, SegmentTable
 
 _MANY = 4  # documents; more would only take longer

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvrag.attention import Layout
 from kvrag.backbone import AttentionCall
 from kvrag.fresh import FreshRows
+from kvrag.layout import Layout
 from kvrag.memory.base import Run, Seen, Watching
 from kvrag.rotary import LayerSpec
 from kvrag.segments import SegmentTable

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from kvrag.compose import Arrangement, Unit
+from kvrag.encoding import encode
 from kvrag.model import Model
-from kvrag.prefill import encode
 from kvrag.prompt import RagPrompt
 from kvrag.segments import KV
 from kvrag.trial.samples import Case

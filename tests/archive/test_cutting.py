@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from kvrag.archive.cutting import Cutter
 from kvrag.archive.span import Mark, Span, local_rows
+from kvrag.encoding import encode
 from kvrag.errors import ConfigError
 from kvrag.model import Model
-from kvrag.prefill import encode
 from kvrag.rotary import LayerSpec, rotate
 from kvrag.testing.models import tiny
 
