@@ -17,6 +17,7 @@ from kvrag.segments import Segment, SegmentTable
 from kvrag_kernels import (
     Attended,
     Group,
+    Parts,
     Rows,
     Turn,
     column_mass,
@@ -188,7 +189,7 @@ class TableReading:
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Rotate and keep the fresh keys, then attend to segments and fresh rows."""
         prepared = self.prepare(layer, call)
-        return self.finish(layer, prepared, None if self.fresh.borders is not None else self.alone(prepared))
+        return self.finish(layer, prepared, None if self.fresh.parts is not None else self.alone(prepared))
 
     def prepare(self, layer: int, call: AttentionCall) -> Prepared:
         """Rotate and keep the fresh keys, and say what a layer attends to."""
@@ -225,8 +226,8 @@ class TableReading:
         Returns:
             [1, H, T, Dv].
         """
-        if self.fresh.borders is not None:
-            out = self._parted(layer, prepared, self.fresh.borders)
+        if self.fresh.parts is not None:
+            out = self._parted(layer, prepared, self.fresh.parts)
         elif attended is None:
             raise ValueError("nothing was attended to")
         else:
@@ -251,19 +252,19 @@ class TableReading:
         for segment in table.layer(layer):
             segment.kv.read_soon(layer)
 
-    def _parted(self, layer: int, prepared: Prepared, borders: torch.Tensor) -> torch.Tensor:
+    def _parted(self, layer: int, prepared: Prepared, parts: Parts) -> torch.Tensor:
         """Over rows that were copied together from all segments."""
         call = prepared.call
         attended = parted_attention(
             call.query,
             prepared.rows[-1],
             prepared.layout.turn,
-            borders,
+            parts,
             scale=prepared.scale,
             softcap=call.softcap,
             sinks=call.sinks,
         )
-        self._note(layer, attended.mass[:, 0], range(len(borders)), len(borders))
+        self._note(layer, attended.mass[:, 0], range(len(parts)), len(parts))
         return attended.out
 
     def _noted(self, layer: int, prepared: Prepared, attended: Attended) -> None:

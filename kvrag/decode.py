@@ -253,7 +253,7 @@ class Behind:
             tables: possible only until the segments were copied.
             for_good: they will not change again, and may be copied.
         """
-        if self.fresh.borders is not None:
+        if self.fresh.parts is not None:
             raise ValueError("the segments are copied already")
         self._tables = tables
         self._rent: _Rent | None = None

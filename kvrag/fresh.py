@@ -9,7 +9,7 @@ import torch
 
 from kvrag.rotary import LayerSpec, rotate
 from kvrag.segments import Segment, SegmentTable
-from kvrag_kernels import Turn
+from kvrag_kernels import Parts, Turn
 
 
 class FreshRows:
@@ -19,15 +19,14 @@ class FreshRows:
 
     Attributes:
         positions: of all rows.
-        borders: [S], int64: where the rows that were copied from each segment of a table end; None if none
-            were.
+        parts: the rows that were copied from each segment of a table; None if none were.
         standing: rows that stand for hidden rows of a document, by its number: the first of them.
     """
 
     def __init__(self, num_layers: int, *, reserve: int = 64) -> None:
         """Make room for `reserve` tokens per layer; more is made when needed."""
         self.positions: list[int] = []
-        self.borders: torch.Tensor | None = None
+        self.parts: Parts | None = None
         self.standing: dict[int, int] = {}
         self._reserve = reserve
         self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
@@ -131,13 +130,13 @@ class FreshRows:
         """These rows behind a copy of the table's, all in one run per layer, keys turned to their places.
 
         One run is attended to in one call; worth its copy once many tokens are decoded over the same table.
-        Every layer has to read every segment. The copy remembers in `borders` where each segment's rows end;
+        Every layer has to read every segment. The copy remembers in `parts` where each segment's rows end;
         rows that stand for hidden ones take their places there.
         """
         merged = FreshRows(len(specs), reserve=self._reserve)
         ends = list(accumulate(s.kv.num_tokens for s in table))
         device = table.segments[0].kv.device
-        merged.borders = torch.tensor(ends, device=device)
+        merged.parts = Parts(ends, device=device)
         stood = [(s, end, self._stood(s)) for s, end in zip(table, ends, strict=True)]
         taken = {row for _, _, rows in stood for row in rows}
         left = torch.tensor([i for i in range(self.num_rows) if i not in taken], device=device)

@@ -8,12 +8,14 @@ a GPU, requests that each read equally many tokens (one, while answers are writt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from kvrag.attention import Fixed, Prepared, TableReading
+from kvrag.abreast import Abreast, is_abreast
+from kvrag.attention import Fixed, Prepared, TableReading, refuse_mask
 from kvrag.backbone import AttentionCall
 from kvrag.model import Model
 from kvrag.prefill import Read, Want, found_by
@@ -29,8 +31,32 @@ _MOST_ROWS = 256  # tokens of a request up to which it shares a launch: longer o
 _Kind = tuple[int, Group | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What of a pass is one request's own.
+
+    Attributes:
+        want: what it wants read.
+        rows: which of the pass's tokens.
+        num_before: fresh rows that it had before.
+    """
+
+    want: Want
+    rows: slice
+    num_before: int
+
+    @staticmethod
+    def of(wants: Sequence[Want]) -> list[_Share]:
+        """One behind the other."""
+        ends = accumulate(len(want.tokens) for want in wants)
+        return [
+            _Share(want, slice(end - len(want.tokens), end), want.fresh.num_rows)
+            for want, end in zip(wants, ends, strict=True)
+        ]
+
+
 class _Part:
-    """One request's share of a pass.
+    """One request's attention in a pass.
 
     Attributes:
         rows: which of the pass's tokens are its own.
@@ -39,10 +65,9 @@ class _Part:
         error: what went wrong in it; the others go on.
     """
 
-    def __init__(self, model: Model, want: Want, start: int) -> None:
-        self.want = want
-        self.rows = slice(start, start + len(want.tokens))
-        self.num_before = want.fresh.num_rows
+    def __init__(self, model: Model, share: _Share) -> None:
+        want, self.rows = share.want, share.rows
+        self.positions = want.positions
         tables = Fixed(want.table) if isinstance(want.table, SegmentTable) else want.table
         self.reading = TableReading(
             model.specs, tables, want.fresh, want.positions, device=model.device, looking=want.looking
@@ -65,7 +90,7 @@ class _Part:
     def kind(self) -> _Kind | None:
         """What requests have in common that can share a launch; None: this one cannot."""
         looking, num_rows = self.reading.looking, self.rows.stop - self.rows.start
-        if self.prepared is None or self.reading.fresh.borders is not None or num_rows > _MOST_ROWS:
+        if self.prepared is None or self.reading.fresh.parts is not None or num_rows > _MOST_ROWS:
             return None
         if looking.column_layers or any(rows.mask is not None for rows in self.prepared.rows):
             return None  # looked at closely anyway; masks would be asked for in everybody's rows
@@ -76,7 +101,7 @@ class _Part:
         prepared = self.prepared
         if prepared is not None:
             try:
-                if attended is None and self.reading.fresh.borders is None:
+                if attended is None and self.reading.fresh.parts is None:
                     attended = self.reading.alone(prepared)
                 return self.reading.finish(layer, prepared, attended)
             except Exception as error:
@@ -91,16 +116,23 @@ class SharedReading:
     Where the Triton kernel runs, requests with equally many tokens attend in one launch.
     """
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        """Read for these."""
-        self._parts = parts
+    def __init__(self, parts: Sequence[_Part], abreast: Abreast | None = None) -> None:
+        """Read for these, and for those whose answers are written side by side."""
+        self._parts, self._abreast = parts, abreast
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Everybody's own."""
         for part in self._parts:
             part.prepare(layer, call)
         found = self._together(call) if backend(call.query.device) == "triton" else {}
-        return torch.cat([p.finish(layer, call, found.get(i)) for i, p in enumerate(self._parts)], dim=2)
+        query = call.query
+        out = query.new_empty((*query.shape[:3], call.value.shape[-1]))
+        for i, part in enumerate(self._parts):
+            out[:, :, part.rows] = part.finish(layer, call, found.get(i))
+        if self._abreast is not None:
+            places, attended = self._abreast.attend(layer, call)
+            out[:, :, places] = attended
+        return out
 
     def _together(self, call: AttentionCall) -> dict[int, Attended]:
         """Launches for those that can share one, by number of the part."""
@@ -138,7 +170,7 @@ class SharedReading:
 
     def take_mask(self, layer: int, mask: Any) -> None:
         """Refuse a mask that the modelling code made by itself."""
-        self._parts[0].reading.take_mask(layer, mask)
+        refuse_mask(layer, mask)
 
 
 class Passes:
@@ -176,14 +208,11 @@ class Passes:
         if len(wants) > 1:
             if (found := self._replayed(wants)) is not None:
                 return found
-            parts, at = [], 0
-            for want in wants:
-                parts.append(_Part(self._model, want, at))
-                at = parts[-1].rows.stop
+            shares = _Share.of(wants)
             try:
-                return self._together(parts)
+                return self._together(shares)
             except Exception as error:  # of the pass itself, such as too little memory
-                return [self._again(part, error) for part in parts]
+                return [self._again(share, error) for share in shares]
         return [self._alone(want) for want in wants]
 
     def _replayed(self, wants: Sequence[Want]) -> list[Outcome] | None:
@@ -195,25 +224,35 @@ class Passes:
             return None
         return None if found is None else [*found]
 
-    def _together(self, parts: Sequence[_Part]) -> list[Outcome]:
+    def _together(self, shares: Sequence[_Share]) -> list[Outcome]:
         device = self._model.device
-        ids = torch.tensor([[t for part in parts for t in part.want.tokens]], device=device)
-        counts = [min(part.want.num_logits, len(part.want.tokens)) for part in parts]
-        kept = [
-            torch.arange(part.rows.stop - n, part.rows.stop) for part, n in zip(parts, counts, strict=True)
-        ]
-        logits = self._model.run(ids, SharedReading(parts), rows=torch.cat(kept).to(device))
-        return [
-            part.error or found_by(part.reading, own, part.want.positions)
-            for part, own in zip(parts, logits[0].split(counts), strict=True)
-        ]
+        ids = torch.tensor([[t for share in shares for t in share.want.tokens]], device=device)
+        counts = [min(share.want.num_logits, len(share.want.tokens)) for share in shares]
+        kept = [torch.arange(s.rows.stop - n, s.rows.stop) for s, n in zip(shares, counts, strict=True)]
+        side = [i for i, share in enumerate(shares) if is_abreast(self._model, share.want)]
+        parts = {i: _Part(self._model, share) for i, share in enumerate(shares) if i not in side}
+        abreast = None
+        if side:
+            side_by_side = [shares[i] for i in side]
+            abreast = Abreast(
+                self._model, [s.want for s in side_by_side], [s.rows.start for s in side_by_side]
+            )
+        reading = SharedReading(list(parts.values()), abreast)
+        logits = self._model.run(ids, reading, rows=torch.cat(kept).to(device))[0].split(counts)
+        found: list[Outcome] = []
+        for i, own in enumerate(logits):
+            if abreast is not None and i not in parts:
+                found.append(abreast.found(side.index(i), own))
+            else:
+                found.append(parts[i].error or found_by(parts[i].reading, own, parts[i].positions))
+        return found
 
-    def _again(self, part: _Part, error: Exception) -> Outcome:
+    def _again(self, share: _Share, error: Exception) -> Outcome:
         """A pass of its own, if nothing but the fresh rows has changed."""
-        if not isinstance(part.want.table, SegmentTable):
+        if not isinstance(share.want.table, SegmentTable):
             return error
-        part.want.fresh.cut(part.num_before)
-        return self._alone(part.want)
+        share.want.fresh.cut(share.num_before)
+        return self._alone(share.want)
 
     def _alone(self, want: Want) -> Outcome:
         try:

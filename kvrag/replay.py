@@ -45,7 +45,7 @@ def can_replay(
     return (
         backend(device) == "triton"
         and isinstance(table, SegmentTable)
-        and fresh.borders is None
+        and fresh.parts is None
         and all(spec.window is None for spec in specs)
         and all(segment.first_row == 0 and not segment.standing for segment in table)
         and (looking is None or not looking.column_layers)

@@ -15,7 +15,7 @@ from kvrag_kernels.segment_attention import cpu
 from kvrag_kernels.segment_attention.columns import column_mass, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows, num_kv_heads, plain
-from kvrag_kernels.segment_attention.parted import parted_attention
+from kvrag_kernels.segment_attention.parted import Parts, parted_attention
 from kvrag_kernels.segment_attention.reference import segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
 from kvrag_kernels.segment_attention.table import is_supported
@@ -26,6 +26,7 @@ __all__ = [
     "Attended",
     "Group",
     "PagedRows",
+    "Parts",
     "QuantisedRows",
     "RowMask",
     "Rows",
