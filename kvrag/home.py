@@ -34,6 +34,7 @@ from kvrag.store.tenants import Tenant
 from kvrag.stores import key_of
 
 CHUNK_TOKENS = 512
+_ARCHIVE = "-archive"  # behind the name of the collection whose chats it is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +244,19 @@ class Home:
         """What conversations that are kept here are encrypted with, and whose they are."""
         return Vault.of(key_of(None), self.tenant)
 
+    def archives(self) -> tuple[str | Path, list[str]]:
+        """Where chats are archived, and the names of all collections of them, other tenants' too."""
+        database = self._archive_database()
+        return database, [name for name in Index.names(database) if name.endswith(_ARCHIVE)]
+
+    @property
+    def sessions(self) -> Path:
+        """The folder of conversations that are kept."""
+        return self.path / "sessions"
+
     @property
     def _archive_collection(self) -> str:
-        return f"{self._collection}-archive"
+        return f"{self._collection}{_ARCHIVE}"
 
     def _archive_database(self) -> str | Path:
         return self._server() or self.path / "archive"

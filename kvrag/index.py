@@ -95,6 +95,22 @@ class Index:
             database.close()
         return True
 
+    @staticmethod
+    def names(path_or_url: str | Path) -> list[str]:
+        """Of all collections of a database, sorted; nothing is created.
+
+        Raises:
+            CorpusError: the database cannot be opened.
+        """
+        if not str(path_or_url).startswith("http") and not Path(path_or_url).exists():
+            return []
+        database = open_database(path_or_url)
+        try:
+            with database.reading() as client:
+                return sorted(collection.name for collection in client.list_collections())
+        finally:
+            database.close()
+
     @property
     def id(self) -> str:
         """The collection's own id: another one once it is deleted and made again."""

@@ -28,7 +28,6 @@ from kvrag.terminal import print_json, print_table, size, stdout
 
 # Written out, since help must not wait for torch; a test compares them with what there is.
 MEMORIES = "cascade, window, ladder, combined, salient or full"
-FOLDER = "sessions"
 
 
 def chat(
@@ -117,7 +116,7 @@ def _kept(place: Any, engine: Any = None) -> Any:
     def archives(create: bool) -> Any:
         return place.archive(engine) if create or place.has_archive() else None
 
-    return closing(Conversations(place.path / FOLDER, place.vault(), archives=archives))
+    return closing(Conversations(place.sessions, place.vault(), archives=archives))
 
 
 def _documents(paths: list[Path]) -> list[Any]:

@@ -64,6 +64,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("export", moving.export, "Write the collection into one file."),
     ("import", moving.import_file, "Bring in what kvrag export wrote."),
     ("keygen", moving.keygen, "Make keys, to sign exports or to encrypt."),
+    ("rekey", upkeep.rekey, "Encrypt everything here under another key."),
     ("doctor", models.doctor, "Prove that a model is read exactly; measure quality."),
     ("demo", models.demo, "Answer questions about a made-up collection."),
 )

@@ -1,14 +1,16 @@
-"""kvrag verify, gc, pin, unpin, budget: what lies on the disk, and how long it stays there."""
+"""kvrag verify, gc, pin, unpin, budget, rekey: what lies on the disk, how long, and under which key."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvrag.cli.opening import chosen_ids, open_home, pin_entries
+from kvrag.cli.opening import chosen_ids, open_home, pin_entries, secret
+from kvrag.config import store_key
 from kvrag.errors import InputError
 from kvrag.options import (
     ChromaOption,
@@ -221,3 +223,32 @@ def budget(
     stdout().print(f"{size(num_bytes)} of caches, {size(pinned)} of them pinned; {words}")
     if evicted:
         stdout().print(f"{evicted} caches were evicted")
+
+
+def rekey(
+    key: Annotated[Path, typer.Argument(help="File of the new key.", show_default=False, metavar="KEYFILE")],
+    folder: HomeOption = None,
+    chroma: ChromaOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Encrypt everything here under a new key: caches, conversations and archives, all tenants'.
+
+    KVRAG_STORE_KEY has the key of now; kvrag keygen --secret KEYFILE makes a new one. Nobody else may have
+    the folder open. Interrupted, run it again: until it is through, keep both keys.
+
+    Example: kvrag rekey new.key
+    """
+    from kvrag.rekeying import rekey_home  # noqa: PLC0415
+
+    old = store_key()
+    if old is None:
+        raise InputError("KVRAG_STORE_KEY is not set: it names the key that all here is encrypted with now")
+    new = secret(key)
+    assert new is not None  # a file was given
+    place = open_home(folder, chroma, "kvrag")
+    done = rekey_home(place, old, new)
+    if as_json:
+        print_json(asdict(done))
+        return
+    what = (count(done.entries, "cache"), count(done.sessions, "conversation"), count(done.spans, "span"))
+    stdout().print(f"{', '.join(what)} encrypted anew; from now on: KVRAG_STORE_KEY={key}")

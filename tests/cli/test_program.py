@@ -31,7 +31,7 @@ NOTE = "note: kvrag/reader is a tiny model"
 
 COMMANDS = (
     "ingest warm ask chat sessions ls rm stats size verify gc reconcile pin unpin budget "
-    "export import keygen doctor demo"
+    "export import keygen rekey doctor demo"
 ).split()
 
 
