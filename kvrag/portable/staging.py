@@ -186,6 +186,8 @@ def _seal(archive: Archive, head: dict[str, Any], key: bytes | None) -> Seal | N
         if archive.seal() is not None:
             raise archive.refuse("it is sealed and its head does not say so")
         return None
+    if archive.seal() is None:
+        raise archive.refuse("its head says that it is sealed, and its list of members is not")
     if key is None:
         raise archive.refuse(f"it is sealed with the key {needed(head)}, and none was given; add --key")
     try:

@@ -566,6 +566,7 @@ def changed_head(parts: Parts, **changes: Any) -> Parts:
     ("changes", "reason"),
     [
         ({"version": 3}, "version 3; this kvrag reads"),
+        ({"version": 2}, "its head says that it is sealed, and its list of members is not"),
         ({"format": "zip"}, "it says it is 'zip'"),
         ({"settings": None}, "its head lacks or misspells"),
         ({"settings__model": 7}, "its head lacks or misspells"),
