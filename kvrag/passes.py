@@ -2,7 +2,8 @@
 
 The tokens of all of them stand in one row. Only attention lets tokens see each other, and it is cut up by
 request: everybody's tokens go to his own `TableReading`, with his own segments, fresh rows and positions. On
-a GPU, requests that each read equally many tokens (one, while answers are written) attend in one launch.
+a GPU, requests that each read equally many tokens (one, while answers are written) attend in one launch; on a
+CPU, answers over copied rows are written side by side (`kvrag.abreast`).
 """
 
 from __future__ import annotations
