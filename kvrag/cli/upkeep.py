@@ -251,4 +251,6 @@ def rekey(
         print_json(asdict(done))
         return
     what = (count(done.entries, "cache"), count(done.sessions, "conversation"), count(done.spans, "span"))
-    stdout().print(f"{', '.join(what)} encrypted anew; from now on: KVRAG_STORE_KEY={key}")
+    is_some = done.entries or done.sessions or done.spans
+    told = f"{', '.join(what)} encrypted anew" if is_some else "nothing was left to encrypt anew"
+    stdout().print(f"{told}; from now on: KVRAG_STORE_KEY={key}")

@@ -96,6 +96,7 @@ def test_interrupted_it_goes_on(sealed: Run, monkeypatch: pytest.MonkeyPatch) ->
         rekey_home(home, old, new, progress=stop)
     assert sealed("rekey", "new.key", "--json").object == {"entries": 4, "sessions": 0, "spans": 0}
     assert rekey_home(home, old, new) == Renewed(0, 0, 0)
+    assert sealed("rekey", "new.key").out.startswith("nothing was left to encrypt anew; ")
     monkeypatch.setenv("KVRAG_STORE_KEY", "new.key")
     assert sealed("verify", "--json").object["ok"]
 
