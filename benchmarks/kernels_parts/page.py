@@ -17,9 +17,9 @@ Column = tuple[str, Callable[[Row], object]]
 TEXT = Path(__file__).parent / "kernels.md"
 COMMAND = "python benchmarks/on_gpu.py --json docs/data/kernels-gpu.json"
 NOT_MEASURED = f"""**Not measured.** No GPU was at hand where this was written: the kernels are checked in
-Triton's interpreter, and compiled for compute capabilities 8.0 and 9.0, by Triton 3.9.0, 3.6.0 and 3.4.0 (`make
-test-triton`), which says nothing about speed. One
-command builds, checks and measures everything on a machine that has one, what is most worth knowing first:
+Triton's interpreter, and compiled for compute capabilities 8.0 and 9.0, by Triton 3.9.0, 3.6.0 and 3.4.0
+(`make test-triton`), which says nothing about speed. One command builds, checks and measures everything on a
+machine that has one, what is most worth knowing first:
 
 ```
 {COMMAND}
