@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from kvrag.rotary import LayerSpec
+from kvrag.rotary import LayerSpec, Rotation
 from kvrag.segments import LayerKV, Segment
 from kvrag_kernels import RowMask, Rows, Turn
 
@@ -17,13 +18,13 @@ class Layout:
     def __init__(
         self, spec: LayerSpec, segments: Sequence[Segment], positions: torch.Tensor, fresh: Sequence[int]
     ) -> None:
-        shifts = torch.tensor([*(s.shift for s in segments), 0], device=positions.device)
+        self.spans = [span_of(s, spec.window, positions) for s in segments]
         self.turn: Turn | None = None
         if spec.rotation is not None:
-            # Fresh keys lie at absolute positions: their turn is the position itself.
-            self.turn = spec.rotation.turn(positions[None] - shifts[:, None])
+            pairs = zip(segments, self.spans, strict=True)
+            read = [i for i, (segment, span) in enumerate(pairs) if _is_seen(segment, span, len(positions))]
+            self.turn = _turn(spec.rotation, segments, read, positions)
         self.own_turn = last_turn(self.turn)
-        self.spans = [span_of(s, spec.window, positions) for s in segments]
         self.grouped = [s.document is not None for s in segments]
         self.is_causal = not fresh and spec.window is None and len(positions) > 1
         self.fresh_mask = None if self.is_causal else fresh_mask(spec.window, positions, fresh)
@@ -42,6 +43,32 @@ class Layout:
         ]
         placed.append(Rows(*fresh, mask=self.fresh_mask, causal=self.is_causal))
         return placed
+
+
+def _is_seen(segment: Segment, span: tuple[int, int, RowMask | None], num_rows: int) -> bool:
+    """Whether a column of it is read by a query row."""
+    start, first, _ = span
+    return start < segment.kv.num_tokens and first < num_rows
+
+
+def _turn(
+    rotation: Rotation, segments: Sequence[Segment], read: Sequence[int], positions: torch.Tensor
+) -> Turn:
+    """The query's turns to all segments, zeros for those that nobody reads, and to the fresh rows.
+
+    Where documents are read in full, nobody reads any, and angles of all rows to each would take a fifth of
+    the time.
+    """
+    # Fresh keys lie at absolute positions: their turn is the position itself.
+    shifts = torch.tensor([*(segments[i].shift for i in read), 0], device=positions.device)
+    turn = rotation.turn(positions[None] - shifts[:, None])
+    if len(read) == len(segments):
+        return turn
+    places = torch.tensor([*read, len(segments)], device=positions.device)
+    cos, sin = (
+        x.new_zeros((len(segments) + 1, *x.shape[1:])).index_copy_(0, places, x) for x in (turn.cos, turn.sin)
+    )
+    return replace(turn, cos=cos, sin=sin)
 
 
 def last_turn(turn: Turn | None) -> Turn | None:
