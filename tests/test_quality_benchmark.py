@@ -267,6 +267,24 @@ def test_claims_follow_the_figures(bench: dict[str, ModuleType]) -> None:
     assert few == claims.OPEN
 
 
+def test_every_kind_weighs_as_much_where_one_was_asked_more_often(bench: dict[str, ModuleType]) -> None:
+    """Of all kinds together only turns count in which a policy answered every kind."""
+    summary, plain = bench["summary"], bench["policies"].PLAIN
+
+    def cell(records: list[dict[str, object]]) -> dict[str, object]:
+        rows = summary.rows_of(summary.summary(records)["cells"])
+        return next(r for r in rows if (r["policy"], r["documents"], r["kind"]) == (plain, 10, summary.ALL))
+
+    even = _records(bench)
+    more = [
+        {**record, "turn": 1_000 + i, "answers": {plain: [0, 0, None, 0]}}
+        for i, record in enumerate(even)
+        if record["kind"] == "one"
+    ]
+    assert cell(even)["asked"] == 400
+    assert cell(even + more) == cell(even)
+
+
 def test_the_page_survives_json(bench: dict[str, ModuleType]) -> None:
     data = json.loads(json.dumps(_data(bench)))
     lines = bench["page"].lines(data)

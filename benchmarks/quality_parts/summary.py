@@ -129,6 +129,19 @@ def _with_all(records: Sequence[Record]) -> Iterable[tuple[int, str, list[Record
             yield num, ALL, some
 
 
+def _even(records: Sequence[Record], num: int, kind: str) -> Sequence[Record]:
+    """Of all kinds together those of turns with every kind, so that each weighs as much as the others."""
+    if kind != ALL:
+        return records
+    turns = _by(records, "seed", "turn").values()
+    return [record for turn in turns if len(turn) == len(kinds_of(num)) for record in turn]
+
+
+def _answered(records: Sequence[Record], policy: str, num: int, kind: str) -> Sequence[Record]:
+    """Records with a policy's answer."""
+    return _even([record for record in records if policy in record["answers"]], num, kind)
+
+
 def _contexts(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
     for (num,), some in _by(records, "documents").items():
         kinds = _by(some, "kind").values()
@@ -144,7 +157,7 @@ def _contexts(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
 def _cells(records: Sequence[Record], policies: Sequence[str]) -> Iterable[Sequence[Any]]:
     for num, kind, some in _with_all(records):
         for policy in policies:
-            here = [r for r in some if policy in r["answers"]]
+            here = _answered(some, policy, num, kind)
             if not here:
                 continue
             right, read = _right(here, policy), [r for r in here if FULL in r["answers"]]
@@ -173,18 +186,17 @@ def _ranks(records: Sequence[Record], policies: Sequence[str]) -> Iterable[Seque
     for num, kind, some in _with_all(records):
         if num == 1 or kind not in ("one", ALL):
             continue
-        by_rank = _by(some, "rank")
         for policy in policies:
+            by_rank = _by(_answered(some, policy, num, kind), "rank")
             for rank in RANKS:
-                here = [r for r in by_rank.get((rank,), ()) if policy in r["answers"]]
-                if here:
+                if here := by_rank.get((rank,)):
                     right = _right(here, policy)
                     yield policy, num, kind, rank, len(here), right, *wilson(right, len(here))
 
 
 def _best(records: Sequence[Record]) -> Iterable[Sequence[Any]]:
     for num, kind, some in _with_all(records):
-        here = [r["best"] for r in some if "best" in r]
+        here = [r["best"] for r in _even([r for r in some if "best" in r], num, kind)]
         for variant in range(len(here[0]) if here else 0):
             by_layer = [fmean(hits) for hits in zip(*(best[variant] for best in here), strict=True)]
             yield num, kind, variant, len(here), by_layer
