@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvrag.archive.archive import Archive
+from kvrag.archive.sealing import KEY_ID
 from kvrag.collection import Embedding
 from kvrag.config import ALONE, BEFORE, Context, store_key
 from kvrag.corpus import Corpus
@@ -244,10 +245,11 @@ class Home:
         """What conversations that are kept here are encrypted with, and whose they are."""
         return Vault.of(key_of(None), self.tenant)
 
-    def archives(self) -> tuple[str | Path, list[str]]:
-        """Where chats are archived, and the names of all collections of them, other tenants' too."""
+    def sealed_archives(self) -> tuple[str | Path, list[str]]:
+        """Where chats are archived, and the collections of those that are encrypted, other tenants' too."""
         database = self._archive_database()
-        return database, [name for name in Index.names(database) if name.endswith(_ARCHIVE)]
+        names = Index.names(database, having=KEY_ID)
+        return database, [name for name in names if name.endswith(_ARCHIVE)]
 
     @property
     def sessions(self) -> Path:

@@ -17,7 +17,7 @@ from chromadb.errors import ChromaError, NotFoundError
 from kvrag.chroma_rows import Hit, Record, hits_in, records_in, rows_in
 from kvrag.collection import Database, Embedding, open_collection, space_of
 from kvrag.database import open_database
-from kvrag.errors import ConfigError, DuplicateDocument, InputError
+from kvrag.errors import ConfigError, CorpusError, DuplicateDocument, InputError
 
 Metadata = Mapping[str, Any]
 Vector = np.ndarray[Any, np.dtype[np.float32]]
@@ -96,18 +96,24 @@ class Index:
         return True
 
     @staticmethod
-    def names(path_or_url: str | Path) -> list[str]:
-        """Of all collections of a database, sorted; nothing is created.
+    def names(path_or_url: str | Path, *, having: str) -> list[str]:
+        """Of a database's collections whose records have a field, sorted; one record of each is looked at.
+
+        Nothing is created, and no collection's embedding has to be known.
 
         Raises:
-            CorpusError: the database cannot be opened.
+            CorpusError: the database cannot be opened or read.
         """
         if not str(path_or_url).startswith("http") and not Path(path_or_url).exists():
             return []
         database = open_database(path_or_url)
         try:
             with database.reading() as client:
-                return sorted(collection.name for collection in client.list_collections())
+                names = [collection.name for collection in client.list_collections()]
+                found = [client.get_collection(name, embedding_function=None) for name in names]
+                return sorted(c.name for c in found if any(having in r.metadata for r in _one_of(c)))
+        except ChromaError as error:
+            raise CorpusError(f"cannot list the collections of {path_or_url}: {error}") from error
         finally:
             database.close()
 
@@ -355,7 +361,7 @@ class Index:
     def first(self) -> Record | None:
         """One of the records; None if there is none."""
         with self._reading() as collection:
-            return next(iter(records_in(collection.get(limit=1))), None)
+            return next(iter(_one_of(collection)), None)
 
     def count(self) -> int:
         """How many records there are."""
@@ -415,6 +421,11 @@ class Index:
             # Chroma refuses an empty dictionary, and takes None in its place.
             rows = [dict(metadata) or None for metadata in some_metadatas]
             yield {"ids": some_ids, "documents": some_texts, "metadatas": rows}
+
+
+def _one_of(collection: chromadb.Collection) -> list[Record]:
+    """One of its records; none if it is empty."""
+    return records_in(collection.get(limit=1))
 
 
 def already_there(ids: Iterable[str]) -> str:

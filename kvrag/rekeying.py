@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrag.archive.rekey import rekey_archive
+from kvrag.collection import Embedding
 from kvrag.errors import ConfigError
 from kvrag.home import Home
 from kvrag.sessions.rekey import rekey_sessions
-from kvrag.store.filters import read_note
+from kvrag.store.filters import Filters, read_note
+from kvrag.store.folder import EntryFolder
 from kvrag.store.rekey import rekey
 from kvrag.store.sealing import MasterKey
 
@@ -31,7 +33,12 @@ class Renewed:
 
 
 def rekey_home(
-    home: Home, old: bytes, new: bytes, *, progress: Callable[[int], object] | None = None
+    home: Home,
+    old: bytes,
+    new: bytes,
+    *,
+    embedding: Embedding | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Renewed:
     """Encrypt everything in a folder under a new key, all tenants' and all collections'.
 
@@ -42,11 +49,12 @@ def rekey_home(
         home: the folder.
         old: the key of now, 32 bytes.
         new: the one that it is to have, 32 bytes.
-        progress: called with the number of caches so far.
+        embedding: of the archives; None: the one that each was made with, if it is known here.
+        progress: called with the number of caches so far, and that of all.
 
     Raises:
-        ConfigError: the caches are not encrypted, or with a third key, or both keys are the same; nothing was
-            changed.
+        ConfigError: the caches are not encrypted, or with a third key, or both keys are the same: nothing was
+            changed then. An archive is encrypted with a third key, or has an embedding that is not known.
         SessionError: a process has one of the conversations.
         SessionSealed: a conversation is encrypted with a third key.
         CorpusLocked: a process writes to the archives.
@@ -54,12 +62,19 @@ def rekey_home(
     """
     store = home.path / "store"
     is_left = _is_left(store, old, new)
+    database, names = home.sealed_archives()
+    spans = sum(rekey_archive(database, old, new, collection=name, embedding=embedding) for name in names)
     sessions = rekey_sessions(home.sessions, old, new)
-    database, names = home.archives()
-    spans = sum(rekey_archive(database, old, new, collection=name) for name in names)
     # Last, because a store under the new key says that all is.
-    entries = rekey(store, old, new, progress=progress) if is_left else 0
-    return Renewed(entries, sessions, spans)
+    return Renewed(_entries(store, old, new, progress) if is_left else 0, sessions, spans)
+
+
+def _entries(store: Path, old: bytes, new: bytes, progress: Callable[[int, int], object] | None) -> int:
+    """The store's part."""
+    if progress is None:
+        return rekey(store, old, new)
+    total = sum(1 for _ in EntryFolder(store, Filters()).ids())
+    return rekey(store, old, new, progress=lambda done: progress(done, total))
 
 
 def _is_left(store: Path, old: bytes, new: bytes) -> bool:

@@ -24,7 +24,7 @@ from kvrag.options import (
     parse_budget,
     parse_size,
 )
-from kvrag.terminal import bytes_bar, count, print_json, size, stdout, tell
+from kvrag.terminal import bytes_bar, count, print_json, progress_bar, size, stdout, tell
 
 _SHOWN = 5
 
@@ -246,7 +246,8 @@ def rekey(
     new = secret(key)
     assert new is not None  # a file was given
     place = open_home(folder, chroma, "kvrag")
-    done = rekey_home(place, old, new)
+    with progress_bar("encrypting anew") as progress:
+        done = rekey_home(place, old, new, progress=progress)
     if as_json:
         print_json(asdict(done))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from kvrag.archive.rekey import rekey_archive
 from kvrag.home import Home
+from kvrag.index import Index
 from kvrag.keys import read_key
 from kvrag.rekeying import Renewed, rekey_home
 from kvrag.store.rekey import rekey
@@ -74,7 +76,7 @@ def test_tenants_and_other_collections_are_not_forgotten(
     assert sealed("ingest", "notes", "--model", model, "--tenant", "acme").status == 0
     talk(sealed, monkeypatch, "--tenant", "acme")
     monkeypatch.delenv("KVRAG_TENANT_KEY")
-    assert len(Home(".kvrag").archives()[1]) == 2
+    assert len(Home(".kvrag").sealed_archives()[1]) == 2
     found = sealed("rekey", "new.key", "--json").object
     assert found == {"entries": 10, "sessions": 2, "spans": 6}
     monkeypatch.setenv("KVRAG_STORE_KEY", "new.key")
@@ -89,7 +91,8 @@ def test_interrupted_it_goes_on(sealed: Run, monkeypatch: pytest.MonkeyPatch) ->
     class Stopped(Exception):
         pass
 
-    def stop(_: int) -> None:
+    def stop(done: int, total: int) -> None:
+        assert (done, total) == (1, 5)
         raise Stopped
 
     with pytest.raises(Stopped):
@@ -101,10 +104,28 @@ def test_interrupted_it_goes_on(sealed: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert sealed("verify", "--json").object["ok"]
 
 
+def test_collections_that_are_no_archives_stay_as_they_are(
+    sealed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a server archives lie among collections of documents, whose names may end alike."""
+    database, before = Home(".kvrag").sealed_archives()
+    with closing(Index.open(database, "notes-archive")) as index:
+        index.add(["a"], ["Nothing to do with chats."], [{"n": 1}])
+    with closing(Index.open(database, "empty-archive")):
+        pass
+    assert Home(".kvrag").sealed_archives() == (database, before)
+    assert sealed("rekey", "new.key", "--json").object == {"entries": 5, "sessions": 1, "spans": 3}
+    with closing(Index.open(database, "notes-archive")) as index:
+        (left,) = index.get(["a"])
+    assert (left.text, left.metadata) == ("Nothing to do with chats.", {"n": 1})
+    monkeypatch.setenv("KVRAG_STORE_KEY", "new.key")
+    talk(sealed, monkeypatch)
+
+
 def test_what_was_begun_by_hand_is_finished(sealed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     home, (old, new) = Home(".kvrag"), (read_key("here.key"), read_key("new.key"))
     rekey(home.path / "store", old, new)
-    database, (name,) = home.archives()
+    database, (name,) = home.sealed_archives()
     assert rekey_archive(database, old, new, collection=name) >= 2
     assert sealed("rekey", "new.key", "--json").object == {"entries": 0, "sessions": 1, "spans": 0}
     monkeypatch.setenv("KVRAG_STORE_KEY", "new.key")
