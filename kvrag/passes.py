@@ -8,6 +8,7 @@ CPU, answers over copied rows are written side by side (`kvrag.abreast`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,8 +25,9 @@ from kvrag.replay import SharedReplays
 from kvrag.segments import SegmentTable
 from kvrag_kernels import Attended, Group, backend, segment_attention_many
 
-Outcome = Read | Exception
+logger = logging.getLogger(__name__)
 
+Outcome = Read | Exception
 
 _MOST_ROWS = 256  # tokens of a request up to which it shares a launch: longer ones fill the device alone
 
@@ -213,6 +215,7 @@ class Passes:
             try:
                 return self._together(shares)
             except Exception as error:  # of the pass itself, such as too little memory
+                logger.warning("a pass of %d requests failed, each is read alone: %r", len(shares), error)
                 return [self._again(share, error) for share in shares]
         return [self._alone(want) for want in wants]
 

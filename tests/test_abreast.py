@@ -17,6 +17,7 @@ from kvrag.passes import Passes
 from kvrag.prefill import Read, Want
 from kvrag.segments import KV, Segment, SegmentTable
 from kvrag.testing.models import tiny
+from kvrag.testing.reads import assert_same_read
 
 LENGTHS = ((3, 5), (4,), (2, 1, 6))  # of the documents of each request
 FAMILIES = ["llama", "qwen3", "deepseek_v3", "gpt_neox"]
@@ -52,23 +53,15 @@ def wants(family: str = "llama") -> list[Want]:
     return found
 
 
-def assert_same(found: object, expected: Read) -> None:
-    assert isinstance(found, Read)
-    scale = float(expected.logits.abs().max())
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5 * scale)
-    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.focus, expected.focus, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everybody_gets_what_he_would_get_alone(family: str) -> None:
+def test_everybody_gets_what_he_would_get_alone(family: str, caplog: pytest.LogCaptureFixture) -> None:
     mine, others = wants(family), wants(family)
     assert all(is_abreast(model(family), want) for want in mine)
     for step in range(3):
         found = Passes(model(family), 99).run(mine)
         expected = [other.read(model(family)) for other in others]
         for one, other, want, alone in zip(found, expected, mine, others, strict=True):
-            assert_same(one, other)
+            assert_same_read(one, other)
             assert want.fresh.positions == alone.fresh.positions
             for layer in range(model(family).num_layers):
                 torch.testing.assert_close(
@@ -79,6 +72,7 @@ def test_everybody_gets_what_he_would_get_alone(family: str) -> None:
             [Want(SegmentTable(), [50 + step], [at], w.fresh) for w, at in zip(group, position, strict=True)]
             for group in (mine, others)
         )
+    assert caplog.text == ""  # nobody was read alone because the pass itself failed
 
 
 def test_longer_ones_and_others_share_the_pass() -> None:
@@ -92,7 +86,7 @@ def test_longer_ones_and_others_share_the_pass() -> None:
     mine, others = everybody(), everybody()
     assert [is_abreast(model(), want) for want in mine] == [True, False, True, False, True]
     for found, other in zip(Passes(model(), 99).run(mine), others, strict=True):
-        assert_same(found, other.read(model()))
+        assert_same_read(found, other.read(model()))
 
 
 def test_half_precision_is_rounded_once() -> None:
@@ -127,8 +121,8 @@ def test_a_failure_is_its_own_requests_alone(layer: int) -> None:
     first, failed, last = Passes(model(), 99).run(mine)
     assert isinstance(failed, MemoryError)
     assert mine[1].fresh.positions == others[1].fresh.positions
-    assert_same(first, others[0].read(model()))
-    assert_same(last, others[2].read(model()))
+    assert_same_read(first, others[0].read(model()))
+    assert_same_read(last, others[2].read(model()))
 
 
 def test_only_single_tokens_over_one_run_that_every_layer_sees() -> None:

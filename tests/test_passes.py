@@ -22,6 +22,7 @@ from kvrag.passes import Passes
 from kvrag.prefill import Read, Want
 from kvrag.segments import KV, Segment, SegmentTable
 from kvrag.testing.models import tiny
+from kvrag.testing.reads import assert_same_read
 from kvrag_kernels import Attended, Group, using
 from kvrag_kernels.segment_attention import launch
 
@@ -66,18 +67,6 @@ class Request:
         return Want(table, self.tokens, range(start, start + len(self.tokens)), fresh, looking)
 
 
-def assert_same(found: Any, expected: Read) -> None:
-    assert isinstance(found, Read)
-    scale = float(expected.logits.abs().max())
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5 * scale)
-    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.focus, expected.focus, rtol=1e-4, atol=1e-5)
-    assert found.columns.keys() == expected.columns.keys()
-    for layer, columns in expected.columns.items():
-        for mine, theirs in zip(found.columns[layer], columns, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
 def assert_same_rows(found: FreshRows, expected: FreshRows) -> None:
     assert found.positions == expected.positions
     assert found.num_rows == expected.num_rows
@@ -105,7 +94,7 @@ def test_a_shared_pass_is_everybodys_own(family: str) -> None:
         found = Passes(model(family), 99).run(wants)
         expected = [want.read(model(family)) for want in alone]
     for i, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-        assert_same(mine, theirs)
+        assert_same_read(mine, theirs)
         assert_same_rows(wants[i].fresh, alone[i].fresh)
 
 
@@ -123,7 +112,7 @@ DRAWN = st.builds(
 def test_any_requests_can_share_a_pass(requests: list[Request]) -> None:
     wants, alone = ([r.want() for r in requests] for _ in range(2))
     for mine, other in zip(Passes(model(), 99).run(wants), alone, strict=True):
-        assert_same(mine, other.read(model()))
+        assert_same_read(mine, other.read(model()))
 
 
 def test_a_pass_of_one_is_that_one_bit_for_bit() -> None:
@@ -152,7 +141,7 @@ def launched(requests: Sequence[Request], family: str = "llama", kernels: str = 
         patch.setattr(launch.StaticAttention, "__call__", counted)
         found = Passes(model(family), 99).run(wants)
     for i, (mine, other) in enumerate(zip(found, alone, strict=True)):
-        assert_same(mine, other.read(model(family)))
+        assert_same_read(mine, other.read(model(family)))
         assert_same_rows(wants[i].fresh, other.fresh)
     return sizes
 
@@ -191,7 +180,7 @@ def test_a_failure_in_a_shared_launch_is_its_own_requests_alone() -> None:
         found = Passes(model(), 99).run(wants)
     assert isinstance(found[1], CacheMiss)
     for i in (0, 2, 3, 4):
-        assert_same(found[i], alone[i].read(model()))
+        assert_same_read(found[i], alone[i].read(model()))
 
 
 def test_when_a_shared_launch_fails_everybody_attends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +196,7 @@ def test_when_a_shared_launch_fails_everybody_attends_alone(monkeypatch: pytest.
     with using("triton"):
         found = Passes(model(), 99).run(wants)
     for mine, other in zip(found, alone, strict=True):
-        assert_same(mine, other.read(model()))
+        assert_same_read(mine, other.read(model()))
 
 
 # ---- failures
@@ -237,12 +226,12 @@ def test_a_failure_is_its_own_requests_alone(layer: int) -> None:
     assert isinstance(found[1], CacheMiss)
     assert bad.fresh.positions == []
     for i in (0, 2, 3, 4):
-        assert_same(found[i], alone[i].read(model()))
+        assert_same_read(found[i], alone[i].read(model()))
     (again,) = Passes(model(), 99).run([Want(Failing(SegmentTable(), 1), (1,), (0,), FreshRows(4))])
     assert isinstance(again, CacheMiss)
 
 
-def test_when_the_pass_itself_fails_everybody_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_pass_itself_fails_everybody_is_read_alone(caplog: pytest.LogCaptureFixture) -> None:
     """As with too little memory for all of them; rows that it left in some layers are forgotten."""
     wants, alone = ([r.want() for r in REQUESTS] for _ in range(2))
     with torch.inference_mode():
@@ -261,8 +250,9 @@ def test_when_the_pass_itself_fails_everybody_is_read_alone(monkeypatch: pytest.
     finally:
         hook.remove()
     for i, theirs in enumerate(expected):
-        assert_same(found[i], theirs)
+        assert_same_read(found[i], theirs)
         assert_same_rows(wants[i].fresh, alone[i].fresh)
+    assert f"a pass of {len(wants)} requests failed, each is read alone" in caplog.text
     assert isinstance(lost, RuntimeError)
     assert isinstance(kept, Read)
 
