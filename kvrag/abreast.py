@@ -43,28 +43,33 @@ class Abreast:
             places: of their tokens in the pass.
         """
         self._specs, self._wants = model.specs, wants
-        self._places = torch.tensor(places, device=model.device)
+        self.places = torch.tensor(places, device=model.device)
         self._positions = torch.tensor([[want.positions[0] for want in wants]], device=model.device)
         self._turns: dict[LayerSpec, Turn | None] = {}
         self._masses: list[list[torch.Tensor]] = [[] for _ in wants]
         self._errors: dict[int, Exception] = {}
 
-    def attend(self, layer: int, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of their tokens in the pass, and what these attended to.
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """What their tokens attended to.
+
+        Args:
+            layer: number of the layer.
+            call: of their tokens alone, in their order.
 
         Returns:
-            [n], int64, and [1, H, n, Dv], zeros behind an error.
+            [1, H, n, Dv], zeros behind an error.
         """
         spec = self._specs[layer]
         if spec not in self._turns:
             self._turns[spec] = spec.rotation.turn(self._positions) if spec.rotation else None
-        turn = self._turns[spec]
-        query, key = (rotate(x[:, :, self._places], turn) for x in (call.query, call.key))
+        num_heads = call.query.shape[1]
+        rotated = rotate(torch.cat((call.query, call.key), 1), self._turns[spec])
+        query, key = rotated[:, :num_heads], rotated[:, num_heads:]
         scale = call.scale * spec.score_factor(call.query.dtype)
         if query.dtype == torch.float32:  # once for all, where it costs no precision
             query, scale = query * scale, 1.0
-        own = zip(*(_apart(x) for x in (query, key, call.value[:, :, self._places])), strict=True)
-        out = query.new_zeros((len(self._wants), query.shape[1], call.value.shape[-1]))
+        own = zip(*(_apart(x) for x in (query, key, call.value)), strict=True)
+        out = query.new_zeros((len(self._wants), num_heads, call.value.shape[-1]))
         for i, (want, rows) in enumerate(zip(self._wants, own, strict=True)):
             if i not in self._errors:
                 try:
@@ -74,7 +79,7 @@ class Abreast:
                     continue
                 out[i] = attended.out[0, :, 0]
                 self._masses[i].append(attended.mass[:, 0])
-        return self._places, out.transpose(0, 1)[None]
+        return out.transpose(0, 1)[None]
 
     def found(self, i: int, logits: torch.Tensor) -> Read | Exception:
         """What a pass gave one of them; notes that its row is there now.

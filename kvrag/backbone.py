@@ -1,7 +1,7 @@
 """A transformers decoder whose attention reads whatever we hand it.
 
-One attention function is registered under one name; nothing is patched, hooked or copied. The model is
-always called at position zero, where its own rotary embedding is the identity (times a constant), so
+One attention function is registered under one name; no modelling code is patched, hooked or copied. The model
+is always called at position zero, where its own rotary embedding is the identity (times a constant), so
 queries and keys arrive unrotated and the caller decides where they stand. The caller's state travels as a
 keyword argument through every layer to the attention function; a context variable carries it to the few
 models whose layers do not hand keyword arguments on.

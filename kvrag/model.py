@@ -17,6 +17,7 @@ from transformers.utils import logging as logging_of_transformers
 
 from kvrag import backbone
 from kvrag.errors import ConfigError, UnsupportedModel
+from kvrag.linears import Linears
 from kvrag.probe import probe
 from kvrag.shapes import Recorder
 from kvrag.store.codec import Shape
@@ -66,6 +67,7 @@ class Model:
         self.text = Text(tokenizer)
         self.max_length = _max_length(network.config.get_text_config(decoder=True), max_length)
         self._forward = backbone.Forward.of(network)
+        self._linears = Linears(network)
         try:
             backbone.adopt(network)
             self.specs = probe(network, self._forward, max_length=self.max_length)
@@ -159,9 +161,10 @@ class Model:
     ) -> torch.Tensor:
         """One forward pass at position zero; see `kvrag.backbone.run`."""
         positions = torch.zeros_like(ids)
-        return backbone.run(
-            self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep, rows=rows
-        )
+        with self._linears.lent(ids.numel()):
+            return backbone.run(
+                self.network, self._forward, ids, positions, reading, logits_to_keep=logits_to_keep, rows=rows
+            )
 
     def fingerprint(
         self, prefix: Sequence[int] = (), *, codec: str = "raw", tenant: Tenant | None = None

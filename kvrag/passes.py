@@ -125,6 +125,8 @@ class SharedReading:
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Everybody's own."""
+        if self._abreast is not None and not self._parts:
+            return self._abreast.attend(layer, call)
         for part in self._parts:
             part.prepare(layer, call)
         found = self._together(call) if backend(call.query.device) == "triton" else {}
@@ -133,8 +135,10 @@ class SharedReading:
         for i, part in enumerate(self._parts):
             out[:, :, part.rows] = part.finish(layer, call, found.get(i))
         if self._abreast is not None:
-            places, attended = self._abreast.attend(layer, call)
-            out[:, :, places] = attended
+            places = self._abreast.places
+            query, key, value = (x[:, :, places] for x in (call.query, call.key, call.value))
+            own = replace(call, query=query, key=key, value=value)
+            out[:, :, places] = self._abreast.attend(layer, own)
         return out
 
     def _together(self, call: AttentionCall) -> dict[int, Attended]:
@@ -208,16 +212,16 @@ class Passes:
     @torch.inference_mode()
     def run(self, wants: Sequence[Want]) -> list[Outcome]:
         """Read; what goes wrong for one of them is its own outcome."""
-        if len(wants) > 1:
-            if (found := self._replayed(wants)) is not None:
-                return found
-            shares = _Share.of(wants)
-            try:
-                return self._together(shares)
-            except Exception as error:  # of the pass itself, such as too little memory
-                logger.warning("a pass of %d requests failed, each is read alone: %r", len(shares), error)
-                return [self._again(share, error) for share in shares]
-        return [self._alone(want) for want in wants]
+        if len(wants) > 1 and (found := self._replayed(wants)) is not None:
+            return found
+        if len(wants) == 1 and not is_abreast(self._model, wants[0]):
+            return [self._alone(wants[0])]
+        shares = _Share.of(wants)
+        try:
+            return self._together(shares)
+        except Exception as error:  # of the pass itself, such as too little memory
+            logger.warning("a pass of %d requests failed, each is read alone: %r", len(shares), error)
+            return [self._again(share, error) for share in shares]
 
     def _replayed(self, wants: Sequence[Want]) -> list[Outcome] | None:
         """By repeating a recorded step, if all that is due is such a token of each; None: the other way."""

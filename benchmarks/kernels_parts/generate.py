@@ -1,7 +1,9 @@
-"""A decode step beside transformers' own: `generate` over a static cache, for one request and for sixteen.
+"""A decode step beside transformers' own: `generate` over a static cache, for 1, 4 and 16 requests.
 
 Both sides have the same model and as many random rows before the token, both choose the likeliest token, and
-they take turns. Every request has rows of its own on both sides. `generate` compiles the model by itself on a
+they take turns. Every request has rows of its own on both sides. On a CPU kvrag reads the first tokens over
+the documents where they lie, and then copies them into one run: what is compared are the steps behind that,
+and what the copy costs is said in such steps. `generate` compiles the model by itself on a
 GPU (with CUDA graphs); on a CPU it is measured as it comes and, where that works, compiled as well. The floor
 is the model's weights read once for all requests (of the table of embeddings only the rows that are looked
 up) and everybody's rows, at the rate of reading.
@@ -35,6 +37,7 @@ SIX = replace(HALF, name="six layers of the 0.5B class", layers=6)  # what a CPU
 
 _BEFORE = 3  # tokens of the prompt behind the rows
 _WARM = 4  # first tokens of a run, which compile, capture and allocate
+_UNTIL_COPIED = 40  # tokens after which documents have been copied together, if they ever are
 
 Row = dict[str, Any]
 
@@ -55,6 +58,16 @@ class Requests:
         fresh = FreshRows(self.model.num_layers)
         Want(table, [5] * _BEFORE, range(self.end, self.end + _BEFORE), fresh).read(self.model)
         return Behind(table, fresh, self.model.specs)
+
+    def copied(self) -> float | None:
+        """Read on until the documents are copied together; seconds of that step, None if they never are."""
+        if self.model.device.type == "cuda":
+            return None
+        for _ in range(_UNTIL_COPIED):
+            (took,) = self.run(1)
+            if all(behind.fresh.parts is not None for behind in self._behind):
+                return took
+        return None
 
     @torch.inference_mode()
     def run(self, count: int) -> list[float]:
@@ -156,6 +169,7 @@ def _measured(model: Model, num: int, shape: Shape, device: torch.device, small:
     length = shape.documents * shape.tokens
     room = _BEFORE + steps + _WARM + 8
     ours = Requests(model, num, shape.documents, shape.tokens)
+    copying = ours.copied()
     on_gpu = device.type == "cuda"
     sides: dict[str, Callable[[int], list[float]]] = {"kvrag": ours.run}
     sides["generate"] = Static(model, num, length, room, compiled=on_gpu).run
@@ -169,7 +183,8 @@ def _measured(model: Model, num: int, shape: Shape, device: torch.device, small:
             times[name] += run(steps + _WARM)[_WARM:]
     found = {name: median(each) for name, each in times.items()}
     rows = num * sum(kv.keys.nbytes + kv.values.nbytes for kv in _rows(model, 1)) * length
-    return _row(model, num, shape, found, weight_bytes(model.network, num) + rows, device, small)
+    row = _row(model, num, shape, found, weight_bytes(model.network, num) + rows, device, small)
+    return row if copying is None else row | {"copy, in steps": copying / found["kvrag"] - 1}
 
 
 def _row(
@@ -200,11 +215,11 @@ def _row(
 
 
 def run(device: torch.device, small: bool) -> list[Row]:
-    """One row for one request, one for several."""
+    """One row for each number of requests."""
     quiet()
     shape = SMALL if small else (LLAMA if device.type == "cuda" else SIX)
     model = build(shape, device)
-    found = [_measured(model, 1, shape, device, small)]
     # Sixteen times as many rows would not fit beside another copy of them.
     few = replace(shape, documents=max(1, shape.documents // 4))
-    return [*found, _measured(model, 3 if small else 16, few, device, small)]
+    sides = [(1, shape), (3, few)] if small else [(1, shape), (4, few), (16, few)]
+    return [_measured(model, num, each, device, small) for num, each in sides]

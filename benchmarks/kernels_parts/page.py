@@ -63,6 +63,7 @@ COLUMNS: dict[str, list[Column]] = {
         *_same("form", "rows", "quantise of the limit", "unpack of the limit"),
         *_same("attention of the limit", "plain rows / packed"),
     ],
+    "linear": _same("in", "out", "rows", "of the limit", "PyTorch's, of the limit", "times faster"),
     "decode": [
         *_same("model", "documents", "tokens"),
         ("over segments, of the floor", _floor("over segments ms")),
@@ -75,6 +76,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("`generate`, of the floor", _floor("generate ms")),
         ("compiled, of the floor", _floor("generate, compiled ms")),
         ("the better `generate` / kvrag", lambda row: row["generate / kvrag"]),
+        *_same("copy, in steps"),
     ],
 }
 _BATCH = (
