@@ -37,20 +37,33 @@ def turn_query(query: torch.Tensor, turn: Turn | None, num_segments: int) -> tor
     """
     if turn is None:
         return query.expand(num_segments, *query.shape)
-    pairs, start, end = turn.cos.shape[-1], turn.start, turn.start + 2 * turn.cos.shape[-1]
     cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]  # [S, 1, 1, T, R]
-    exact = query.float()
     out = torch.empty((num_segments, *query.shape), dtype=torch.float32, device=query.device)
+    turn_into(out, query.float(), cos, sin, turn)
+    return out.to(query.dtype)
+
+
+def turn_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, like: Turn) -> None:
+    """Write rotated rows to where they are wanted.
+
+    Args:
+        out: [..., D], float32.
+        x: [..., D], float32; spreads over `out`.
+        cos: [..., R], spreads over `out`.
+        sin: [..., R].
+        like: which dimensions are pairs; its own angles do not count.
+    """
+    pairs, start = cos.shape[-1], like.start
+    end = start + 2 * pairs
     first, second = (
         (slice(start, end, 2), slice(start + 1, end, 2))
-        if turn.interleaved
+        if like.interleaved
         else (slice(start, start + pairs), slice(start + pairs, end))
     )
-    a, b = exact[..., first], exact[..., second]
+    a, b = x[..., first], x[..., second]
     torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
     if start:
-        out[..., :start] = exact[..., :start]
-    if end < query.shape[-1]:
-        out[..., end:] = exact[..., end:]
-    return out.to(query.dtype)
+        out[..., :start] = x[..., :start]
+    if end < x.shape[-1]:
+        out[..., end:] = x[..., end:]

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrag_kernels import Attended, RowMask, Rows, Turn, segment_attention, segment_attention_reference
-from kvrag_kernels.segment_attention import Group, cpu, segment_attention_cpu
+from kvrag_kernels.segment_attention import (
+    Group,
+    cpu,
+    gathered,
+    segment_attention_cpu,
+    segment_attention_gathered,
+)
 
 FAR = 1_000_000
 APE = Group(temperature=0.5, scale=0.8)
@@ -22,9 +28,25 @@ APE = Group(temperature=0.5, scale=0.8)
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
+
+def _gathered(
+    query: torch.Tensor, segments: list[Rows], turn: Turn | None, *, scale: float, **others: object
+) -> Attended:
+    """Over rows brought together, in several blocks, where that is possible."""
+    sinks, asked = others.pop("sinks", None), [x for x in others.values() if x is not None]
+    if asked or not gathered.is_supported(query, segments, turn):
+        return segment_attention(query, segments, turn, scale=scale, sinks=sinks, **others)
+    small = {"_CELLS": 700, "_MOST_ELEMENTS": 900, "_MOST_RIDING": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(gathered, name, value)
+        return segment_attention_gathered(query, segments, turn, scale=scale, sinks=sinks)
+
+
 PATHS: dict[str, Callable[..., Attended]] = {
     "dispatched": segment_attention,
     "reference": segment_attention_reference,
+    "gathered": _gathered,
 }
 
 
@@ -370,6 +392,34 @@ def test_the_cpu_path_is_the_one_that_is_dispatched() -> None:
     expected = segment_attention_cpu(inputs.query, inputs.segments, inputs.turn, **arguments)
     assert torch.equal(got.out, expected.out)
     assert torch.equal(got.mass, expected.mass)
+
+
+GATHERED = {
+    "many rows over short ones": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=50, position=300),
+    "sinks": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=50, position=300, sinks=True),
+}
+SHORT = (Part(90, 0), Part(200, 90))
+APART = {
+    "long ones": Case(parts=(Part(400, 0), Part(400, 90)), rows=50, position=900),
+    "few rows": Case(parts=SHORT, rows=40, position=300),
+    "masks": Case(parts=(Part(90, 0, hidden=0.3), Part(200, 90)), rows=50, position=300),
+    "a soft cap": Case(parts=SHORT, rows=50, position=300, softcap=2.0),
+    "a group": Case(parts=(Part(90, 0, grouped=True), Part(20, 90)), rows=50, position=300, group=APE),
+    "half precision": Case(parts=SHORT, rows=50, position=300, dtype=torch.bfloat16),
+    "late ones": Case(parts=(Part(90, 0), Part(200, 90, 30)), rows=50, position=300),
+    "a batch": Case(parts=SHORT, rows=50, position=300, batch=2),
+}
+
+
+@pytest.mark.parametrize("name", [*GATHERED, *APART])
+def test_many_rows_over_short_segments_are_gathered(
+    name: str, fresh_numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    real = gathered.Gathered.attend
+    monkeypatch.setattr(gathered.Gathered, "attend", lambda *a: (taken.append(1), real(*a))[1])
+    check((GATHERED | APART)[name], segment_attention, fresh_numbers)
+    assert bool(taken) is (name in GATHERED)
 
 
 def test_inputs_are_not_written_to() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from kvrag_kernels import RowMask, Rows, Turn
 from kvrag_kernels._backend import using
+from kvrag_kernels.segment_attention import gathered
 from kvrag_kernels.strided_prefill import (
     Scoring,
     Strided,
@@ -23,7 +24,6 @@ from kvrag_kernels.strided_prefill import (
     columns,
     cpu,
     ema_weights,
-    gathered,
     reduce_heads,
     rowwise,
     strided_prefill,
@@ -224,6 +224,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "_CELLS", 1000)
     monkeypatch.setattr(gathered, "_CELLS", 1000)
     monkeypatch.setattr(gathered, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(gathered, "_MOST_ELEMENTS", 1000)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["", "bfloat16"])

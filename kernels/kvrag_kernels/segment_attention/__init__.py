@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels._backend import backend
-from kvrag_kernels.segment_attention import cpu
+from kvrag_kernels.segment_attention import cpu, gathered
 from kvrag_kernels.segment_attention.columns import column_mass, part_mass
 from kvrag_kernels.segment_attention.cpu import segment_attention_cpu
 from kvrag_kernels.segment_attention.forms import AnyRows, PagedRows, QuantisedRows, num_kv_heads, plain
+from kvrag_kernels.segment_attention.gathered import segment_attention_gathered
 from kvrag_kernels.segment_attention.parted import Parts, parted_attention
 from kvrag_kernels.segment_attention.reference import segment_attention_reference
 from kvrag_kernels.segment_attention.single import is_single, segment_attention_single
@@ -37,6 +38,7 @@ __all__ = [
     "parted_attention",
     "segment_attention",
     "segment_attention_cpu",
+    "segment_attention_gathered",
     "segment_attention_many",
     "segment_attention_reference",
     "segment_attention_single",
@@ -89,6 +91,8 @@ def segment_attention(
         )
         return run(query)
     rows = [plain(segment, query.dtype) for segment in segments]
+    if chosen != "reference" and softcap is None and gathered.is_faster(query, rows, turn, group):
+        return segment_attention_gathered(query, rows, turn, scale=scale, sinks=sinks)
     if chosen != "reference" and cpu.is_supported(query, rows, softcap):
         return segment_attention_cpu(
             query, rows, turn, scale=scale, sinks=sinks, group=group, with_lse=with_lse

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from kvrag_kernels._backend import backend
+from kvrag_kernels.segment_attention import gathered
 from kvrag_kernels.segment_attention.types import Rows, Turn
-from kvrag_kernels.strided_prefill import cpu, gathered
+from kvrag_kernels.strided_prefill import cpu
 from kvrag_kernels.strided_prefill.columns import column_scores_blockwise
 from kvrag_kernels.strided_prefill.cpu import strided_prefill_cpu
-from kvrag_kernels.strided_prefill.gathered import strided_prefill_gathered
 from kvrag_kernels.strided_prefill.reference import column_scores_reference, strided_prefill_reference
 from kvrag_kernels.strided_prefill.rowwise import strided_prefill_rowwise
+from kvrag_kernels.strided_prefill.scored import strided_prefill_gathered
 from kvrag_kernels.strided_prefill.types import Reduction, Scoring, Strided, ema_weights, reduce_heads
 
 __all__ = [
