@@ -21,7 +21,7 @@ NAME = "forms"
 FORMS: tuple[Form, ...] = ("fp8", "int8", "int4")
 
 
-def _turn(num_rows: int, dim: int, device: torch.device) -> Turn:
+def local_turn(num_rows: int, dim: int, device: torch.device) -> Turn:
     frequencies = 500_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
     angles = torch.arange(num_rows)[None, :, None].double() * frequencies
     return Turn(angles.cos().float().to(device), angles.sin().float().to(device))
@@ -37,7 +37,7 @@ def run(device: torch.device, small: bool) -> list[dict[str, Any]]:
     repeat = 2 if small else (20 if device.type == "cuda" else 5)
     dtype, rate = dtype_of(device), limits(device, small).copy
     keys, values = (torch.randn(heads, num_rows, dim, device=device).to(dtype) for _ in range(2))
-    turn, raw = _turn(num_rows, dim, device), keys.nbytes + values.nbytes
+    turn, raw = local_turn(num_rows, dim, device), keys.nbytes + values.nbytes
     found = []
     for form in FORMS:
         packed = quantise(keys, values, form, turn)
@@ -61,12 +61,12 @@ def _attention(form: Form, device: torch.device, small: bool, repeat: int) -> di
     """A decode step over documents in fewer bits, against the same step over plain rows."""
     shape = (2, 4, 16, 40, 2) if small else (8, 32, 128, 512, 16)
     kv_heads, heads, dim, size, count = shape
-    dtype, local = dtype_of(device), _turn(size, dim, device)
+    dtype, local = dtype_of(device), local_turn(size, dim, device)
     made = [torch.randn(2, kv_heads, size, dim, device=device).to(dtype) for _ in range(count)]
     plain = [Rows(kv[0][None], kv[1][None]) for kv in made]
     packed = [QuantisedRows(quantise(kv[0], kv[1], form, local), local) for kv in made]
     query = torch.randn(1, heads, 1, dim, device=device).to(dtype)
-    angles = _turn(count, dim, device)
+    angles = local_turn(count, dim, device)
     turn = Turn(angles.cos.transpose(0, 1).contiguous(), angles.sin.transpose(0, 1).contiguous())
     sides = {
         name: replayed(attending(query, rows, turn, dim**-0.5), device)

@@ -64,6 +64,10 @@ COLUMNS: dict[str, list[Column]] = {
         *_same("attention of the limit", "plain rows / packed"),
     ],
     "linear": _same("in", "out", "rows", "of the limit", "PyTorch's, of the limit", "times faster"),
+    "compiled": [
+        *_same("device", "what", "kernel", "tile", "warps", "stages", "registers", "spilled bytes"),
+        *_same("shared KiB", "planned at once", "programs at once", "KiB under way"),
+    ],
     "decode": [
         *_same("model", "documents", "tokens"),
         ("over segments, of the floor", _floor("over segments ms")),

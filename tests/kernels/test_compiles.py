@@ -5,9 +5,11 @@ The interpreter forgives what the compiler does not. Compiling needs Triton, but
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,34 @@ def test_compiles_for_devices_that_are_not_here(wanted: tuple[str, ...]) -> None
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == len(wanted[1:] or range(11))
+
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+def test_launches_fit_their_devices() -> None:
+    """What is planned to run beside each other fits, and no kernel lives on spilled registers."""
+    paths = [str(BENCHMARKS), *(p for p in sys.path if p)]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "kernels_parts" / "compiling.py")],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_DEFAULT_FP_FUSION": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {row["device"] for row in rows} == {"A100", "H100"}
+    for row in rows:
+        assert row["programs at once"] >= row.get("planned at once", 1), row
+        assert row["spilled bytes"] <= 512, row
+        assert row["spilled bytes"] == 0 or not row["what"].startswith("decode, Llama"), row
+    under_way = [row["KiB under way"] for row in rows if "KiB under way" in row]
+    assert len(under_way) == 24
+    assert min(under_way) > 20  # behind which an H100's way to its memory hides

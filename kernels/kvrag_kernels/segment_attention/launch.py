@@ -19,7 +19,8 @@ from kvrag_kernels.turning import Turn
 
 _LOG2_E = 1.4426950408889634
 _FORMS = {None: 0, "fp8": 1, "int8": 2, "int4": 3}
-_PROGRAMS_PER_PROCESSOR = 2
+_BLOCK_BYTES = 16_384  # of keys
+_PACKED_ELEMENTS = 4096
 _PROCESSORS_OF_THE_INTERPRETER = 4
 
 
@@ -45,9 +46,22 @@ class Tuning:
 
 
 def tuning_for(
-    query: torch.Tensor, kv_heads: int, dim: int, longest: int, num_segments: int, *, grouped: bool
+    query: torch.Tensor,
+    kv_heads: int,
+    dim: int,
+    longest: int,
+    num_segments: int,
+    *,
+    grouped: bool,
+    packed: bool = False,
+    masked: bool = False,
+    processors: int | None = None,
 ) -> Tuning:
     """Sizes that fill the device: as many programs as it runs at once, each with whole blocks to read.
+
+    Where unpacking, many query rows or long ones want more registers than four warps have, a program has
+    eight, and is the only one on its multiprocessor: `benchmarks/kernels_parts/compiled.py` counts what is
+    used and spilled.
 
     Args:
         query: [B, H, T, D].
@@ -56,15 +70,28 @@ def tuning_for(
         longest: rows of the longest request, at most.
         num_segments: S; every segment may leave a block unfinished.
         grouped: whether a context group acts.
+        packed: whether rows lie in fewer bits.
+        masked: whether there are masks.
+        processors: multiprocessors of the device; None: those of the query's.
     """
     batch, heads, num_rows, _ = query.shape
-    queries = min(64, max(16, _power(heads // kv_heads * num_rows)))
-    block = min(128, max(16, 16384 // (_power(dim) * query.element_size())))
+    queries = min(32 if packed else 64, max(16, _power(heads // kv_heads * num_rows)))
+    is_alone = packed or queries == 64 or dim > 128
+    is_narrow = masked and queries == 64
+    elements = _PACKED_ELEMENTS if packed else _BLOCK_BYTES // query.element_size() // (2 if is_narrow else 1)
+    block = min(128, max(16, elements // _power(dim)))
     others = batch * kv_heads * -(-heads // kv_heads * num_rows // queries)
-    fitting = _PROGRAMS_PER_PROCESSOR * _processors(query.device) // max(1, others)
-    splits = max(1, min(fitting, -(-longest // block) + num_segments))
+    programs = (1 if is_alone else 2) * (processors or _processors(query.device))
+    splits = max(1, min(programs // max(1, others), -(-longest // block) + num_segments))
     merged = 1 if queries == 16 and query.is_cuda else 8
-    return Tuning(queries, block, max(2, splits) if grouped else splits, merged, 4 if dim <= 128 else 8)
+    return Tuning(
+        queries,
+        block,
+        max(2, splits) if grouped else splits,
+        merged,
+        warps=8 if is_alone else 4,
+        stages=6 if packed else 4 if is_narrow else 3,
+    )
 
 
 class StaticAttention:
@@ -121,6 +148,8 @@ class StaticAttention:
             self.table.longest,
             self._places,
             grouped=self._group is not None,
+            packed=self.table.form is not None,
+            masked=self.table.has_masks,
         )
         batch, heads, num_rows, _ = query.shape
         rows = heads // self._kv_heads * num_rows
