@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvrag.fresh import FreshRows
 from kvrag.model import Model, quiet
+from kvrag.passes import Passes
 from kvrag.prefill import Want
 from kvrag.replay import DecodeStep
 from kvrag.segments import KV, LayerKV, Segment, SegmentTable
@@ -82,6 +83,7 @@ class Answer:
         self.num_bytes = sum(kv.num_bytes for kv in texts) + weight_bytes(model.network, 1)
         self._end = documents * tokens
         self.apart, self.run = self._prompt(), self._prompt().behind(self.table, model.specs)
+        self._passes = Passes(model, 1)
         self.replays = self._prompt()
         on_gpu = model.device.type == "cuda"
         self.step = DecodeStep(model, [self.table], [self.replays]) if on_gpu else None
@@ -96,8 +98,9 @@ class Answer:
         return Want(self.table, [5], [self._end + self.apart.num_rows], self.apart).read(self.model)
 
     def over_one_run(self) -> object:
-        """The ordinary step, over a copy in one run."""
-        return Want(SegmentTable(), [5], [self.run.positions[-1] + 1], self.run).read(self.model)
+        """The step of a pass, over a copy in one run."""
+        (found,) = self._passes.run([Want(SegmentTable(), [5], [self.run.positions[-1] + 1], self.run)])
+        return found
 
     def replayed(self) -> object:
         """A step from a CUDA graph; at one place again and again, so that its room never ends."""

@@ -22,6 +22,7 @@ FORMS: tuple[Form, ...] = ("fp8", "int8", "int4")
 
 
 def local_turn(num_rows: int, dim: int, device: torch.device) -> Turn:
+    """Angles of rows one behind the other, [1, n, D / 2]."""
     frequencies = 500_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
     angles = torch.arange(num_rows)[None, :, None].double() * frequencies
     return Turn(angles.cos().float().to(device), angles.sin().float().to(device))
