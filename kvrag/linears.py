@@ -37,7 +37,8 @@ class Linears:
             yield
         finally:
             for layer in taken:
-                layer.__dict__.pop(_FORWARD, None)
+                if layer.__dict__.get(_FORWARD) is self._forwards[layer]:
+                    del layer.__dict__[_FORWARD]
 
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

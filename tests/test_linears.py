@@ -61,6 +61,9 @@ def test_what_somebody_else_has_put_there_stays() -> None:
         assert network[0].forward is hook
     assert network[0].forward is hook
     assert _changed(network) == ["0"]
+    with linears.lent(8):
+        network[3].forward = hook  # while it is lent
+    assert _changed(network) == ["0", "3"]
 
 
 def test_two_passes_at_once_do_not_take_from_each_other() -> None:
