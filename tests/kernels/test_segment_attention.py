@@ -395,19 +395,19 @@ def test_the_cpu_path_is_the_one_that_is_dispatched() -> None:
 
 
 GATHERED = {
-    "many rows over short ones": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=50, position=300),
-    "sinks": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=50, position=300, sinks=True),
+    "many rows over short ones": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=90, position=400),
+    "sinks": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=90, position=400, sinks=True),
 }
 SHORT = (Part(90, 0), Part(200, 90))
 APART = {
-    "long ones": Case(parts=(Part(400, 0), Part(400, 90)), rows=50, position=900),
-    "few rows": Case(parts=SHORT, rows=40, position=300),
-    "masks": Case(parts=(Part(90, 0, hidden=0.3), Part(200, 90)), rows=50, position=300),
-    "a soft cap": Case(parts=SHORT, rows=50, position=300, softcap=2.0),
-    "a group": Case(parts=(Part(90, 0, grouped=True), Part(20, 90)), rows=50, position=300, group=APE),
-    "half precision": Case(parts=SHORT, rows=50, position=300, dtype=torch.bfloat16),
-    "late ones": Case(parts=(Part(90, 0), Part(200, 90, 30)), rows=50, position=300),
-    "a batch": Case(parts=SHORT, rows=50, position=300, batch=2),
+    "long ones": Case(parts=(Part(400, 0), Part(400, 90)), rows=90, position=900),
+    "few rows": Case(parts=SHORT, rows=40, position=400),
+    "masks": Case(parts=(Part(90, 0, hidden=0.3), Part(200, 90)), rows=90, position=400),
+    "a soft cap": Case(parts=SHORT, rows=90, position=400, softcap=2.0),
+    "a group": Case(parts=(Part(90, 0, grouped=True), Part(20, 90)), rows=90, position=400, group=APE),
+    "half precision": Case(parts=SHORT, rows=90, position=400, dtype=torch.bfloat16),
+    "late ones": Case(parts=(Part(90, 0), Part(200, 90, 30)), rows=90, position=400),
+    "a batch": Case(parts=SHORT, rows=90, position=400, batch=2),
 }
 
 

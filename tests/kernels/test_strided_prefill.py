@@ -266,6 +266,17 @@ def test_scores_whose_exponentials_would_overflow(sinks: bool) -> None:
         assert away / getattr(expected, name).norm() < 2e-3, name
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.usefixtures("poisoned", "small_blocks")
+def test_sinks_of_heads_that_share_no_keys(rows: int) -> None:
+    """Blocks of one row and groups of one head see the sinks themselves, not a copy."""
+    given = make(Case(rows, sinks=True, heads=2, kv_heads=2))
+    expected = dense(given)
+    arguments = {name: value for name, value in given.arguments.items() if name != "softcap"}
+    found = strided_prefill_gathered(given.query, given.segments, given.turn, **arguments)
+    assert_close(found, expected, torch.float32)
+
+
 def test_segments_that_are_turned_unlike_places_are_not_gathered() -> None:
     given = make(Case(9, lengths=(5, 7)))
     assert given.turn is not None

@@ -33,7 +33,8 @@ _NOTHING = -1e30
 _SAME = 1e-3  # radians; what tables in float32 differ by is a thousand times less
 
 # Where it was faster than segment by segment: benchmarks/LOG.md has the table.
-_LEAST_PACKED = 100  # query rows, those of a group counted apiece
+_LEAST_PACKED = 64  # query rows, those of a group counted apiece
+_LEAST_SHARE = 1.2  # the same for each row of a segment, on the average
 _SHORT = 160  # rows of a segment, on the average
 _MOST_UNSEEN = 8  # the part of all products that may be computed in vain: one of so many
 
@@ -73,8 +74,10 @@ def is_faster(query: torch.Tensor, segments: Sequence[Rows], turn: Turn | None, 
     """Whether that is possible and faster than segment by segment: many query rows over short segments."""
     num_rows, columns = query.shape[2], sum(rows.keys.shape[2] for rows in segments)
     unseen = sum(min(rows.first_row, num_rows) * rows.keys.shape[2] for rows in segments)
+    packed = query.shape[1] // segments[0].keys.shape[1] * num_rows
     return (
-        query.shape[1] // segments[0].keys.shape[1] * num_rows >= _LEAST_PACKED
+        packed >= _LEAST_PACKED
+        and packed * len(segments) >= _LEAST_SHARE * columns
         and columns <= _SHORT * len(segments)
         and _MOST_UNSEEN * unseen <= num_rows * columns
         and group is None
@@ -219,7 +222,9 @@ class Gathered:
         total = mass.sum(-1)
         if sink is not None:
             extra = sink.expand(block.end - block.first, -1).reshape(-1)
-            total += (extra if level is None else extra - level[:, 0]).exp2_()
+            total += (
+                extra if level is None else extra - level[:, 0]
+            ).exp2()  # never in place: it may be the sinks
         torch.div(mass, total[:, None], out=self._mass[head, rows])
         out /= total[:, None]
         self._lse[head, rows] = total.log2() if level is None else total.log2() + level[:, 0]
