@@ -397,6 +397,9 @@ def test_the_cpu_path_is_the_one_that_is_dispatched() -> None:
 GATHERED = {
     "many rows over short ones": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=90, position=400),
     "sinks": Case(parts=(Part(90, 0), Part(200, 90, 3)), rows=90, position=400, sinks=True),
+    "one and one": Case(
+        parts=(Part(90, 0, grouped=True), Part(99, 90)), rows=90, position=400, group=Group(1, 1)
+    ),
 }
 SHORT = (Part(90, 0), Part(200, 90))
 APART = {

@@ -20,6 +20,7 @@ from itertools import accumulate
 import numpy
 import torch
 
+from kvrag_kernels.segment_attention.reference import acting
 from kvrag_kernels.segment_attention.types import Attended, Group, Rows, Turn
 from kvrag_kernels.turning import turn_into, turn_query
 
@@ -80,7 +81,7 @@ def is_faster(query: torch.Tensor, segments: Sequence[Rows], turn: Turn | None, 
         and packed * len(segments) >= _LEAST_SHARE * columns
         and columns <= _SHORT * len(segments)
         and _MOST_UNSEEN * unseen <= num_rows * columns
-        and group is None
+        and acting(group, segments) is None
         and query.dtype == torch.float32
         and is_supported(query, segments, turn)
     )
