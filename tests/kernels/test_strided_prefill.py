@@ -277,6 +277,20 @@ def test_sinks_of_heads_that_share_no_keys(rows: int) -> None:
     assert_close(found, expected, torch.float32)
 
 
+@pytest.mark.parametrize("size", [-300.0, 300.0])
+@pytest.mark.usefixtures("poisoned", "small_blocks")
+def test_sinks_whose_exponentials_would_overflow(size: float) -> None:
+    given = make(Case(5, sinks=True))
+    arguments = {name: value for name, value in given.arguments.items() if name != "softcap"}
+    far = arguments["sinks"] + size
+    call = (given.query, given.segments, given.turn)
+    found = strided_prefill_gathered(*call, **{**arguments, "sinks": far})
+    expected = strided_prefill_reference(*call, **{**arguments, "sinks": far})
+    for name in ("out", "lse", "mass", "scores"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    assert found.lse.isfinite().all()
+
+
 def test_segments_that_are_turned_unlike_places_are_not_gathered() -> None:
     given = make(Case(9, lengths=(5, 7)))
     assert given.turn is not None

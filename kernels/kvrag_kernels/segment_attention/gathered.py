@@ -146,11 +146,12 @@ class Gathered:
             wanted: takes the exponentials of every block before they are overwritten.
         """
         own_sinks = None if sinks is None else (sinks.float() * _LOG2E).view(self._kv_heads, -1)
+        highest_sink = 0.0 if own_sinks is None else float(own_sinks.abs().amax())
         for first in range(0, self._kv_heads, self._most):
             heads = range(first, min(first + self._most, self._kv_heads))
             self._bring(slice(heads.start, heads.stop))
             keys, values = self._keys[: len(heads)], self._values[: len(heads)]
-            is_small = _largest(self._query[heads.start : heads.stop], keys) <= _LARGEST
+            is_small = max(highest_sink, _largest(self._query[heads.start : heads.stop], keys)) <= _LARGEST
             for head, own_keys, own_values in zip(heads, keys, values, strict=True):
                 for block in self._blocks():
                     sink = None if own_sinks is None else own_sinks[head]
@@ -213,7 +214,10 @@ class Gathered:
         probs = self._room[: (rows.stop - rows.start) * block.columns].view(-1, block.columns)
         torch.mm(self._query[head, rows], keys[: block.columns].T, out=probs)
         self._hide(probs, block)
+        extra = None if sink is None else sink.expand(block.end - block.first, -1).reshape(-1)
         level = None if is_small else probs.amax(-1, keepdim=True)
+        if level is not None and extra is not None:
+            level = torch.maximum(level, extra[:, None])
         if level is not None:
             probs.sub_(level)
         probs.exp2_()
@@ -221,11 +225,8 @@ class Gathered:
         torch.mm(probs, values[: block.columns], out=out)
         mass = out[:, self._value_size :] if self._riding else self._sums(probs)
         total = mass.sum(-1)
-        if sink is not None:
-            extra = sink.expand(block.end - block.first, -1).reshape(-1)
-            total += (
-                extra if level is None else extra - level[:, 0]
-            ).exp2()  # never in place: it may be the sinks
+        if extra is not None:  # never in place: it may be the sinks themselves
+            total += (extra if level is None else extra - level[:, 0]).exp2()
         torch.div(mass, total[:, None], out=self._mass[head, rows])
         out /= total[:, None]
         self._lse[head, rows] = total.log2() if level is None else total.log2() + level[:, 0]
